@@ -1,0 +1,409 @@
+"""The pruning door: hooks on the text model through which every prompt enters compressed.
+
+The model's own merging of features into embeddings stays untouched. At the text model's entrance the visual tokens
+are compressed for real (embeddings, positions, masks, DeepStack planes), at its exit hidden states are spread back
+to the prompt's length, and the cache remembers how many tokens it never saw.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from mmcompress.accounting import ItemStats, LLMShape, Stats
+from mmcompress.budget import Budget
+from mmcompress.compact import ragged_index, spread, take
+from mmcompress.errors import InputError, UnsupportedError
+from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt
+from mmcompress.integrations.hf.clock import StageClock
+from mmcompress.integrations.hf.families import Family, Layout
+from mmcompress.integrations.hf.taps import FEATURES, Key
+from mmcompress.integrations.hf.vision import Encoded, Vision
+from mmcompress.method import VisualMethod
+from mmcompress.types import Modality, Needs, Positions, Selection, VisualItem
+
+FEATURE_INPUTS = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An item at its place in the batch.
+
+    Args:
+        rows: the batch rows that hold it (several under beam search).
+        positions: `[candidates]` columns of its candidate tokens.
+        separators: how many separator tokens it has beside them.
+    """
+
+    item: VisualItem
+    rows: range
+    positions: Tensor
+    separators: int
+
+
+@dataclass
+class Call:
+    """One pass of the text model on its way through the door.
+
+    Args:
+        visual: `[batch, length]` placeholder masks by modality; empty where no features arrived.
+        mark: when it began.
+        compressed: whether its masks and positions are ours.
+        cache: the adopted cache.
+        state: what `cache` is to remember once the pass has succeeded.
+        keep: `[batch, length]` which columns stayed.
+        index: `[batch, kept]` where they came from, -1 where padded.
+    """
+
+    visual: dict[Modality, Tensor] = field(default_factory=dict)
+    mark: Any = None
+    compressed: bool = False
+    cache: PrunedCache | None = None
+    state: CacheState | None = None
+    keep: Tensor | None = None
+    index: Tensor | None = None
+
+
+class _Forward(threading.local):
+    """What one thread's forward pass carries from hook to hook."""
+
+    def __init__(self) -> None:
+        self.visual: dict[Modality, Tensor] = {}
+        self.call = Call()
+
+
+class Door:
+    """The hooks of the pre-LLM stage on one model."""
+
+    def __init__(
+        self, model: Any, family: Family, method: VisualMethod, needs: Needs, keep: Budget, positions: Positions
+    ) -> None:
+        self._family = family
+        self._method = method
+        self._needs = needs
+        self._positions = positions
+        self._decoder: Any = family.base.get_decoder()
+        self._shape = llm_shape(self._decoder)
+        self._forward = _Forward()
+        self.keep = keep
+        self.clock = StageClock()
+        self.stats: Stats | None = None
+        self.vision = Vision(family, needs, self.clock)
+        base, decoder = family.base, self._decoder
+        self._hooks = [
+            base.register_forward_pre_hook(self._before_base, with_kwargs=True),
+            base.register_forward_hook(self._after_base, with_kwargs=True, always_call=True),
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+            *(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in decoder.layers),
+        ]
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        for hook in self._hooks:
+            hook.remove()
+        self.vision.remove()
+
+    def _before_base(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _has_features(kwargs):
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        for modality, token in self._family.token_ids.items():
+            if ids is not None:
+                self._forward.visual[modality] = ids == token
+            else:
+                embeds = kwargs["inputs_embeds"]
+                placeholder = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+                self._forward.visual[modality] = (embeds == placeholder).all(dim=-1)
+
+    def _after_base(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self._forward.visual.clear()
+        self._forward.call = Call()
+        if _has_features(kwargs):
+            self.vision.pending.clear()
+
+    def _before_decoder(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        embeds: Tensor = kwargs["inputs_embeds"]
+        call, cache = Call(self._forward.visual, self.clock.start(embeds.device)), kwargs.get("past_key_values")
+        self._forward.call = call
+        if not call.visual and not isinstance(cache, PrunedCache):
+            return None
+        if cache is None and (module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
+            cache = DynamicCache(config=module.config)
+        call.cache = None if cache is None else adopt(cache)
+        call.compressed = True
+        return args, self._compress(kwargs, call)
+
+    def _compress(self, kwargs: dict[str, Any], call: Call) -> dict[str, Any]:
+        embeds: Tensor = kwargs["inputs_embeds"]
+        batch, length = embeds.shape[:2]
+        state = CacheState() if call.cache is None else replace(call.cache.state)
+        state.expand(batch)
+        current, past = self._masks(kwargs.get("attention_mask"), state, call.cache, batch, length, embeds.device)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            seen = 0 if call.cache is None else call.cache.get_seq_length()
+            positions = torch.arange(seen, seen + length, device=embeds.device)[None]
+        positions = positions.to(embeds.device).expand(*positions.shape[:-2], batch, length)
+        kwargs = {**kwargs, "past_key_values": call.cache}
+
+        if call.visual:
+            with self.clock.measure("selection", embeds.device):
+                kwargs, valid, positions = self._remove_tokens(kwargs, call, state, current, positions)
+        else:
+            valid = current
+            positions = positions if state.shift is None else positions - state.shift[:, None]
+        if positions.dim() == 3 and positions.shape[0] == 4:  # row 0 of Qwen's ids only serves to detect packing
+            positions = positions.clone()
+            positions[0] = (valid.cumsum(dim=1) - 1).clamp(min=0) + past.shape[1]
+
+        state.mask = torch.cat([past, valid], dim=1)
+        call.state = state
+        # Without a cache, transformers takes gaps between kept positions for packed sequences unless given a mask.
+        needs_mask = call.cache is None or not bool(state.mask.all())
+        kwargs["attention_mask"] = state.mask.long() if needs_mask else None
+        kwargs["position_ids"] = positions
+        return kwargs
+
+    def _masks(
+        self, mask: Any, state: CacheState, cache: PrunedCache | None, batch: int, length: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Which of the new columns, and which of the stored ones, are real: `[batch, length]`, `[batch, stored]`."""
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise UnsupportedError(
+                "compression needs a 2-D attention mask [batch, length]; custom 4-D masks are not supported."
+            )
+        stored = 0 if cache is None else cache.get_query_offset()
+        if mask is None:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+        mask = mask.to(device).bool()
+        past = state.mask
+        if past is None:
+            past = mask[:, :-length] if mask.shape[1] == stored + length else mask.new_ones(batch, stored)
+        past = past[:, :stored]
+        if past.shape[1] < stored:
+            past = torch.cat([past, past.new_ones(batch, stored - past.shape[1])], dim=1)
+        return mask[:, -length:], past
+
+    def _remove_tokens(
+        self, kwargs: dict[str, Any], call: Call, state: CacheState, current: Tensor, positions: Tensor
+    ) -> tuple[dict[str, Any], Tensor, Tensor]:
+        embeds: Tensor = kwargs["inputs_embeds"]
+        length = embeds.shape[1]
+        placed = self._place(embeds, call.visual, current)
+        selections = self._method.compress([entry.item for entry in placed], self.keep, self._needs)
+
+        keep, source = current.clone(), torch.arange(length, device=embeds.device).repeat(len(embeds), 1)
+        for entry, selection in zip(placed, selections, strict=True):
+            rows = torch.tensor(entry.rows, device=embeds.device)[:, None]
+            anchors = entry.positions[selection.anchor]
+            keep[rows, entry.positions] = False
+            keep[rows, anchors] = True
+            source[rows, anchors.sort().values] = anchors
+        index = ragged_index(keep, pad_left=bool(current[:, -1].all()))
+        valid = index >= 0
+        origin = torch.where(valid, source.gather(1, index.clamp(min=0)), index)
+
+        planes = kwargs.get("deepstack_visual_embeds")
+        if planes is not None:
+            seen: Tensor = kwargs["visual_pos_masks"]
+            plane_row = (seen.flatten().cumsum(0) - 1).view_as(seen)
+            planes = [self._merge(plane, plane_row, placed, selections) for plane in planes]
+            visual = take(seen, origin) & valid
+            kwargs["visual_pos_masks"] = visual
+            kwargs["deepstack_visual_embeds"] = [plane[take(plane_row, origin)[visual]] for plane in planes]
+        flat_row = torch.arange(embeds.shape[0] * length, device=embeds.device).view(-1, length)
+        merged = self._merge(embeds.flatten(0, 1), flat_row, placed, selections).view_as(embeds)
+        kwargs["inputs_embeds"] = take(merged, origin)
+
+        kept_positions = _take_positions(positions, origin)
+        if self._positions == "renumber":
+            kept_positions, state.shift = _renumber(positions, current, kept_positions, valid, state.shift)
+        call.keep, call.index = keep, index
+        self._account(placed, selections, current, keep)
+        return kwargs, valid, kept_positions
+
+    def _merge(
+        self, rows: Tensor, row_of: Tensor, placed: Sequence[Placed], selections: Sequence[Selection]
+    ) -> Tensor:
+        """Write what merged tokens absorb into `rows` `[all, dim]`; `row_of` `[batch, length]` finds a token's row."""
+        if all(selection.weight is None for selection in selections):
+            return rows
+        merged = rows.clone()
+        for entry, selection in zip(placed, selections, strict=True):
+            for row in entry.rows if selection.weight is not None else ():
+                members = row_of[row, entry.positions]
+                merged[members[selection.anchor]] = selection.apply(rows[members])
+        return merged
+
+    def _place(self, embeds: Tensor, visual: dict[Modality, Tensor], current: Tensor) -> list[Placed]:
+        """Every encoded item with its candidates' columns, in row order."""
+        any_visual = torch.stack([mask.to(embeds.device) for mask in visual.values()]).any(dim=0)
+        placed = []
+        for modality, mask in visual.items():
+            places = mask.to(embeds.device).nonzero()
+            if len(places) == 0:
+                continue
+            encoded = self._encoded(modality, len(places))
+            layouts, statistics = encoded.layouts, encoded.statistics
+            copies = len(places) // sum(len(layout.separator) for layout in layouts)
+            originals = places[places[:, 0] % copies == 0]
+            if self._family.joins_runs:
+                layouts, statistics = _join_runs(originals, layouts, statistics)
+            lengths = [len(layout.separator) for layout in layouts]
+            for number, (layout, values, at) in enumerate(
+                zip(layouts, statistics, originals.split(lengths), strict=True)
+            ):
+                row, columns = int(at[0, 0]), at[:, 1]
+                if int(at[-1, 0]) != row:
+                    raise InputError(f"{modality} {number} has {len(at)} features but row {row} has room for fewer.")
+                candidates = columns[~layout.separator.to(columns.device)]
+                item = VisualItem(
+                    embeddings=embeds.detach()[row, candidates],
+                    grids=layout.grids,
+                    tiles=layout.tiles.to(embeds.device),
+                    modality=modality,
+                    label=f"{modality} {number} (row {row})",
+                    features=values.get(FEATURES),
+                    text=embeds.detach()[row, current[row] & ~any_visual[row]] if self._needs.text else None,
+                    **_by_layer(values, embeds.device),
+                )
+                rows = range(row, row + copies)
+                placed.append(Placed(item, rows, candidates, int(layout.separator.sum())))
+        return sorted(placed, key=lambda entry: (entry.rows[0], int(entry.positions[0])))
+
+    def _encoded(self, modality: Modality, placeholders: int) -> Encoded:
+        encoded = self.vision.pending.get(modality)
+        if encoded is None:
+            raise UnsupportedError(
+                f"{modality} features were not encoded by the wrapped model; pass the pixel inputs, or call "
+                f"model.get_{modality}_features after wrapping."
+            )
+        features = sum(len(layout.separator) for layout in encoded.layouts)
+        if placeholders < features:
+            raise UnsupportedError(
+                f"the prompt holds {placeholders} of {features} {modality} tokens; an item must arrive in one piece "
+                "(do not use prefill_chunk_size with compression)."
+            )
+        if placeholders % features:
+            raise InputError(f"{placeholders} {modality} placeholders do not match {features} features.")
+        return encoded
+
+    def _account(
+        self, placed: Sequence[Placed], selections: Sequence[Selection], current: Tensor, keep: Tensor
+    ) -> None:
+        items = [
+            ItemStats(row, entry.item.modality, len(entry.item), len(selection), entry.separators)
+            for entry, selection in zip(placed, selections, strict=True)
+            for row in entry.rows
+        ]
+        tokens, kept = current.sum(dim=1).tolist(), keep.sum(dim=1).tolist()
+        self.stats = Stats(sorted(items, key=lambda item: item.row), tokens, kept, self._shape)
+
+    def _before_layer(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # FlashAttention reads gaps in position ids as packed sequences; RoPE is already in position_embeddings.
+        return (args, {**kwargs, "position_ids": None}) if self._forward.call.compressed else None
+
+    def _after_decoder(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        call = self._forward.call
+        self.clock.stop("prefill" if call.visual else "decode", call.mark)
+        if not call.compressed:
+            return None
+        if call.cache is not None and call.state is not None:
+            call.cache.state = call.state
+        if call.keep is not None and call.index is not None:
+            for layer in call.cache.layers if call.cache is not None else ():
+                layer.dropped += call.keep.shape[1] - call.index.shape[1]
+            hidden = output.last_hidden_state
+            output.last_hidden_state = spread(hidden, call.keep.to(hidden.device), call.index.to(hidden.device))
+        return output
+
+
+def _has_features(kwargs: dict[str, Any]) -> bool:
+    # The token ids alone would not tell: a generated token may equal the placeholder.
+    return bool(kwargs.get("mm_encoder_outputs")) or any(kwargs.get(name) is not None for name in FEATURE_INPUTS)
+
+
+def llm_shape(decoder: Any) -> LLMShape:
+    """The cost-relevant dimensions of a text model."""
+    config = decoder.config
+    heads = config.num_attention_heads
+    return LLMShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        bytes_per_value=decoder.dtype.itemsize,
+    )
+
+
+def _by_layer(values: dict[Key, Tensor], device: torch.device) -> dict[str, Any]:
+    """`(name, layer) -> values` as one mapping per statistic."""
+    named: dict[str, dict[int, Tensor]] = {}
+    for (name, layer), value in values.items():
+        if (name, layer) != FEATURES:
+            named.setdefault(name, {})[layer] = value.to(device)
+    return named
+
+
+def _join_runs(
+    places: Tensor, layouts: list[Layout], statistics: list[dict[Key, Tensor]]
+) -> tuple[list[Layout], list[dict[Key, Tensor]]]:
+    """Join the tiles that share an unbroken run of placeholders `[placeholders, (row, column)]` into one item."""
+    per_tile = len(layouts[0].separator)
+    follows = (places[1:, 0] == places[:-1, 0]) & (places[1:, 1] == places[:-1, 1] + 1)
+    starts = [0, *(torch.nonzero(~follows).flatten() + 1).tolist(), len(places)]
+    joined_layouts, joined_statistics = [], []
+    for begin, end in zip(starts, starts[1:], strict=False):
+        if (end - begin) % per_tile:
+            raise InputError(f"a run of {end - begin} image placeholders is no multiple of a tile's {per_tile}.")
+        tiles = range(begin // per_tile, end // per_tile)
+        count = len(tiles)
+        # With several tiles the thumbnail comes last, and thumbnails have number 0.
+        numbers = torch.tensor([(i + 1) % count for i in range(count)], device=places.device)
+        joined_layouts.append(
+            replace(
+                layouts[tiles[0]],
+                separator=torch.cat([layouts[tile].separator for tile in tiles]),
+                grids=tuple(grid for tile in tiles for grid in layouts[tile].grids),
+                tiles=numbers.repeat_interleave(per_tile),
+            )
+        )
+        names = statistics[tiles[0]]
+        joined_statistics.append({name: torch.cat([statistics[tile][name] for tile in tiles]) for name in names})
+    return joined_layouts, joined_statistics
+
+
+def _take_positions(positions: Tensor, index: Tensor) -> Tensor:
+    """Gather position ids `[..., batch, length]` by `index` `[batch, kept]`."""
+    index = index.clamp(min=0).expand(*positions.shape[:-2], *index.shape)
+    return positions.gather(-1, index)
+
+
+def _renumber(
+    positions: Tensor, current: Tensor, kept: Tensor, valid: Tensor, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Contiguous ids for the kept tokens, and by how much all later ids must be moved back.
+
+    Counting goes on where the previous turn's renumbered ids ended.
+    """
+    text = positions[-3:] if positions.dim() == 3 else positions[None]
+    limit = torch.iinfo(text.dtype)
+    first = text.masked_fill(~current, limit.max).amin(dim=(0, 2))
+    last = text.masked_fill(~current, limit.min).amax(dim=(0, 2))
+    start = first if shift is None else first - shift
+    renumbered = start[:, None] + (valid.cumsum(dim=1) - 1).clamp(min=0)
+    return renumbered.expand_as(kept), last - renumbered.amax(dim=1)

@@ -1,0 +1,335 @@
+"""What differs between model families: token ids, the vision encoder's anatomy, and how patches become LLM tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.errors import UnsupportedError
+from mmcompress.statistics import NEEDS_CLS
+from mmcompress.types import EncoderFacts, Modality
+
+Grid = tuple[int, int]
+ENCODERS: dict[Modality, str] = {"image": "get_image_features", "video": "get_video_features"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where an item's tokens come from.
+
+    Args:
+        separator: `[placeholders]` bool; newline tokens, which are never candidates.
+        grids: `(rows, columns)` per plane of the other tokens, in sequence order.
+        tiles: `[candidates]` encoder tile of each candidate, 0 for the thumbnail.
+        modality: "image" or "video".
+    """
+
+    separator: Tensor
+    grids: tuple[Grid, ...]
+    tiles: Tensor
+    modality: Modality
+
+    @classmethod
+    def of_planes(cls, grids: Sequence[Grid], modality: Modality, device: torch.device) -> Layout:
+        """An item without separators, one tile per plane."""
+        sizes = torch.tensor([rows * columns for rows, columns in grids], device=device)
+        tiles = torch.arange(len(grids), device=device).repeat_interleave(sizes)
+        return cls(torch.zeros(len(tiles), dtype=torch.bool, device=device), tuple(grids), tiles, modality)
+
+
+class Family(ABC):
+    """Facts about one model family; `base` is the model without its head."""
+
+    joins_runs = False
+    """Whether an item is one unbroken run of placeholders (its tiles are encoded as if they were images)."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self.config = base.config
+
+    @property
+    def token_ids(self) -> dict[Modality, int]:
+        """Placeholder token id of each modality the family has."""
+        modalities: tuple[Modality, ...] = ("image", "video")
+        return {
+            modality: getattr(self.config, f"{modality}_token_id")
+            for modality in modalities
+            if hasattr(self.base, ENCODERS[modality])
+        }
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The vision encoder's layers."""
+
+    @property
+    def attentions(self) -> list[nn.Module]:
+        """The attention module of every vision layer."""
+        return [block.self_attn for block in self.blocks]
+
+    has_cls = False
+
+    @property
+    def used_layers(self) -> int:
+        """How many encoder layers shape the features."""
+        return len(self.blocks)
+
+    @property
+    def global_layers(self) -> tuple[int, ...]:
+        """Layers in which every patch attends to the whole image."""
+        return tuple(range(self.used_layers))
+
+    def facts(self) -> EncoderFacts:
+        """The encoder as methods see it."""
+        reason = f"the vision encoder of {type(self.base).__name__} has no CLS token"
+        missing = {} if self.has_cls else dict.fromkeys(NEEDS_CLS, reason)
+        return EncoderFacts(len(self.blocks), self.used_layers, self.global_layers, missing)
+
+    @abstractmethod
+    def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
+        """One layout per encoded item; `rows` `[placeholders, dim]` are all features, `call` the encoder's arguments."""
+
+    @abstractmethod
+    def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        """Per-patch values `[batch, tokens, channels]` of all encoder calls -> `[placeholders, channels]`, NaN at separators."""
+
+
+class _TiledEncoder(Family):
+    """Encoders that see a batch of equal square tiles."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        tower = self.base.get_encoder("image")
+        return list(getattr(tower, "vision_model", tower).encoder.layers)
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of a tile."""
+        vision = self.config.vision_config
+        return int(vision.image_size) // int(vision.patch_size)
+
+    def _patches(self, chunks: list[Tensor]) -> Tensor:
+        """All tiles' values `[tiles, patches, channels]`, CLS removed."""
+        values = torch.cat(chunks)
+        return values[:, 1:] if self.has_cls else values
+
+
+class Llava(_TiledEncoder):
+    """LLaVA-1.5: one tile per image, one token per patch."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__(base)
+        tower = self.config.vision_config.model_type
+        strategy = self.config.vision_feature_select_strategy
+        known = {"clip_vision_model": (True, "default"), "siglip_vision_model": (False, "full")}
+        if tower not in known or known[tower][1] != strategy:
+            raise UnsupportedError(
+                f"{type(base).__name__} with vision tower {tower!r} and vision_feature_select_strategy={strategy!r} is "
+                "not supported; CLIP with 'default' and SigLIP with 'full' are."
+            )
+        self.has_cls = known[tower][0]
+
+    @property
+    def used_layers(self) -> int:
+        chosen = self.config.vision_feature_layer
+        states = len(self.blocks) + 1
+        return max(layer % states for layer in ([chosen] if isinstance(chosen, int) else chosen))
+
+    def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
+        grid = (self.patches_per_side, self.patches_per_side)
+        return [Layout.of_planes([grid], modality, rows.device) for _ in range(len(rows) // (grid[0] * grid[1]))]
+
+    def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        return self._patches(chunks).flatten(0, 1)
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT: a thumbnail and AnyRes crops, stitched, un-padded, a newline token after every row."""
+
+    def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
+        side = self.patches_per_side
+        packed = self._pack([self._coordinates(grid, rows.device) for grid in self._crop_grids(call)], call)
+        layouts = []
+        for (_, crop_columns), values in zip(self._crop_grids(call), packed, strict=True):
+            separator = values[:, 0].isnan()
+            crops = values[side * side :]
+            row_count = int(separator[side * side :].sum())
+            grids = [(side, side)]
+            if crop_columns:
+                grids.append((row_count, len(crops) // row_count - 1))
+            inside = crops[~crops[:, 0].isnan()]
+            crop = 1 + (inside[:, 0] // side) * crop_columns + inside[:, 1] // side
+            tiles = torch.cat([crop.new_zeros(side * side), crop]).long()
+            layouts.append(Layout(separator, tuple(grids), tiles, modality))
+        return layouts
+
+    def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        counts = [1 + rows * columns for rows, columns in self._crop_grids(call)]
+        return torch.cat(self._pack(list(self._patches(chunks).split(counts)), call))
+
+    def _crop_grids(self, call: Mapping[str, Any]) -> list[Grid]:
+        """Rows and columns of each image's crops; (0, 0) for an image that is only its thumbnail."""
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        size = self.config.vision_config.image_size
+        pinpoints = self.config.image_grid_pinpoints
+        return [tuple(get_anyres_image_grid_shape(image, pinpoints, size)) for image in call["image_sizes"]]
+
+    def _coordinates(self, crop_grid: Grid, device: torch.device) -> Tensor:
+        """Row and column of every patch's centre in the stitched image, `[tiles, patches, 2]`; zeros in the thumbnail."""
+        side, (crop_rows, crop_columns) = self.patches_per_side, crop_grid
+        row = torch.arange(crop_rows * side, device=device) + 0.5
+        column = torch.arange(crop_columns * side, device=device) + 0.5
+        stitched = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1)
+        crops = stitched.view(crop_rows, side, crop_columns, side, 2).transpose(1, 2).reshape(-1, side * side, 2)
+        return torch.cat([crops.new_zeros(1, side * side, 2), crops])
+
+    def _pack(self, tiles: list[Tensor], call: Mapping[str, Any]) -> list[Tensor]:
+        """The model's own packing, run on values instead of features."""
+        newline = torch.full((tiles[0].shape[-1],), torch.nan, device=tiles[0].device)
+        packed, _ = self._packer(call)(tiles, call["image_sizes"], image_newline=newline)
+        return list(packed)
+
+    def _packer(self, call: Mapping[str, Any]) -> Any:
+        strategy = self.config.vision_feature_select_strategy
+        return partial(self.base.pack_image_features, vision_feature_select_strategy=strategy)
+
+
+class LlavaOnevision(LlavaNext):
+    """LLaVA-OneVision: AnyRes with resized packing, several images one tile each, and video pooled 2x2."""
+
+    def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
+        if modality == "image":
+            return super().layouts(modality, rows, call)
+        videos, frames = call["pixel_values_videos"].shape[:2]
+        side = -(-self.patches_per_side // 2)
+        clip = Layout.of_planes([(side, side)] * frames, modality, rows.device)
+        end = torch.ones(1, dtype=torch.bool, device=rows.device)
+        return [Layout(torch.cat([clip.separator, end]), clip.grids, clip.tiles, modality)] * videos
+
+    def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        if modality == "image":
+            return super().align(chunks, modality, call)
+        pooled = self.base.apply_pooling(self._patches(chunks))
+        clips = pooled.reshape(call["pixel_values_videos"].shape[0], -1, pooled.shape[-1])
+        return nn.functional.pad(clips, (0, 0, 0, 1), value=torch.nan).flatten(0, 1)
+
+    def _crop_grids(self, call: Mapping[str, Any]) -> list[Grid]:
+        per_row = call.get("batch_num_images")
+        alone = [True] * len(call["image_sizes"]) if per_row is None else [n == 1 for n in per_row for _ in range(n)]
+        return [grid if tiled else (0, 0) for grid, tiled in zip(super()._crop_grids(call), alone, strict=True)]
+
+    def _packer(self, call: Mapping[str, Any]) -> Any:
+        ratio = call.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
+        return partial(self.base.pack_image_features, vision_aspect_ratio=ratio)
+
+
+class QwenVL(Family):
+    """Qwen2-VL and Qwen3-VL: native resolution, 2x2 patch merger, frames merged in time."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.base.visual.blocks)
+
+    @property
+    def attentions(self) -> list[nn.Module]:
+        return [block.attn for block in self.blocks]
+
+    @property
+    def merge(self) -> int:
+        """Side of the square of patches that forms one token."""
+        return int(self.config.vision_config.spatial_merge_size)
+
+    def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
+        planes = [[(h // self.merge, w // self.merge)] * t for t, h, w in call[f"{modality}_grid_thw"].tolist()]
+        return [Layout.of_planes(grids, modality, rows.device) for grids in planes]
+
+    def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        patches = torch.cat(chunks, dim=1)[0]
+        return patches.view(-1, self.merge**2, patches.shape[-1]).mean(dim=1)
+
+
+class Qwen25VL(QwenVL):
+    """Qwen2.5-VL: as Qwen2-VL, with patches in window order and few layers of global attention."""
+
+    @property
+    def global_layers(self) -> tuple[int, ...]:
+        return tuple(self.base.visual.fullatt_block_indexes)
+
+    def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        from transformers.vision_utils import get_vision_window_index
+
+        order = get_vision_window_index(
+            call[f"{modality}_grid_thw"],
+            spatial_merge_size=self.merge,
+            window_size=self.base.visual.window_size,
+            patch_size=self.config.vision_config.patch_size,
+        )[0]
+        return super().align(chunks, modality, call)[torch.argsort(order)]
+
+
+class InternVL(_TiledEncoder):
+    """InternVL: an image's tiles are encoded as if they were images, the thumbnail last; 2x2 pixel shuffle."""
+
+    joins_runs = True
+    has_cls = True
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.base.vision_tower.encoder.layer)
+
+    @property
+    def attentions(self) -> list[nn.Module]:
+        return [block.attention for block in self.blocks]
+
+    @property
+    def used_layers(self) -> int:
+        return int(self.config.vision_feature_layer) % (len(self.blocks) + 1)
+
+    @property
+    def patches_per_side(self) -> int:
+        vision = self.config.vision_config
+        return int(vision.image_size[0]) // int(vision.patch_size[0])
+
+    def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
+        side = int(self.patches_per_side * self.config.downsample_ratio)
+        return [Layout.of_planes([(side, side)], modality, rows.device) for _ in range(len(rows) // side**2)]
+
+    def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        values = self._patches(chunks)
+        side = self.patches_per_side
+        maps = values.movedim(-1, 0).reshape(-1, side, side, 1)
+        grouped = self.base.pixel_shuffle(maps, scale_factor=self.config.downsample_ratio).flatten(1, 2).mean(dim=-1)
+        return grouped.view(values.shape[-1], -1).T
+
+
+class SmolVLM(_TiledEncoder):
+    """SmolVLM: every sub-image is an item of its own, since text tokens name each; pixel shuffle by `scale_factor`."""
+
+    def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
+        side = self.patches_per_side // self.config.scale_factor
+        return [Layout.of_planes([(side, side)], modality, rows.device) for _ in range(len(rows) // side**2)]
+
+    def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        values = self._patches(chunks)
+        maps = values.movedim(-1, 0).flatten(0, 1)[..., None]
+        grouped = self.base.connector.pixel_shuffle(maps, self.config.scale_factor).mean(dim=-1)
+        return grouped.reshape(values.shape[-1], -1).T
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "llava": Llava,
+    "llava_next": LlavaNext,
+    "llava_onevision": LlavaOnevision,
+    "qwen2_vl": QwenVL,
+    "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": QwenVL,
+    "internvl": InternVL,
+    "smolvlm": SmolVLM,
+}

@@ -1,0 +1,200 @@
+"""`wrap` and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from mmcompress.accounting import Stats
+from mmcompress.budget import Budget
+from mmcompress.errors import SpecError, UnsupportedError
+from mmcompress.integrations.hf.door import Door
+from mmcompress.integrations.hf.families import FAMILIES, Family
+from mmcompress.method import VisualMethod
+from mmcompress.registry import METHODS, POLICIES
+from mmcompress.spec import CompressionConfig, Spec, SpecLike
+from mmcompress.types import EncoderFacts, Needs, Positions
+
+_MARK = "_mmcompress_handle"
+
+
+class Handle:
+    """A compressed model's controls; also a context manager that unwraps on exit.
+
+    Args:
+        config: what was asked for.
+        method: the configured method.
+        needs: the statistics it reads, with layers resolved for this model.
+        encoder: what it knows of the vision encoder.
+        positions: how kept tokens are numbered.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, config: CompressionConfig) -> None:
+        spec, self.method = _method(config)
+        self.config = config
+        self.encoder: EncoderFacts = family.facts()
+        self.needs: Needs = self.method.needs(self.encoder)
+        _require_supplied(spec.name, self.needs, self.encoder)
+        self.positions: Positions = config.positions or _default_positions(family)
+        if spec.keep is None:
+            raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a token count, as in keep=0.25.")
+        self._base = family.base
+        self._door: Door | None = Door(model, family, self.method, self.needs, spec.keep, self.positions)
+        setattr(self._base, _MARK, self)
+
+    @property
+    def stats(self) -> Stats | None:
+        """What the last prefill with visual input kept and saved; None before the first."""
+        door = self._active()
+        return None if door.stats is None else replace(door.stats, seconds=door.clock.read())
+
+    @property
+    def keep(self) -> int | float:
+        """The budget in force."""
+        return self._active().keep.keep
+
+    def set(self, *, keep: int | float) -> AbstractContextManager[Handle]:
+        """Change the budget from now on; as a context manager, only until its end.
+
+        Raises:
+            SpecError: `keep` is out of range; the budget in force stays.
+        """
+        door = self._active()
+        before, door.keep = door.keep, Budget(keep)
+
+        @contextmanager
+        def until() -> Iterator[Handle]:
+            try:
+                yield self
+            finally:
+                door.keep = before
+
+        return until()
+
+    def reuse_vision(self) -> AbstractContextManager[None]:
+        """While open, encoder inputs seen before are not encoded again; for many questions about the same images."""
+        return self._active().vision.reuse()
+
+    def unwrap(self) -> None:
+        """Give the model back exactly as it was; a second call does nothing."""
+        if self._door is not None:
+            self._door.remove()
+            self._door = None
+            delattr(self._base, _MARK)
+
+    def _active(self) -> Door:
+        if self._door is None:
+            raise UnsupportedError("this handle is unwrapped; call mmcompress.wrap again.")
+        return self._door
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unwrap()
+
+    def __repr__(self) -> str:
+        state = "unwrapped" if self._door is None else f"keep={self.keep}, positions={self.positions}"
+        return f"<mmcompress {self.config} on {type(self._base).__name__}, {state}>"
+
+
+def wrap(
+    model: Any,
+    method: SpecLike | Sequence[SpecLike] | CompressionConfig | None = None,
+    *,
+    keep: int | float | None = None,
+    pruning_rate: float | None = None,
+    kv: SpecLike | None = None,
+    positions: Positions | None = None,
+    **options: Any,
+) -> Handle:
+    """Compress the visual tokens of a transformers vision-language model, in place and reversibly.
+
+    Args:
+        model: a supported `PreTrainedModel` (or a PEFT model around one).
+        method: a name, a spec such as "todre(keep=0.1)", a dict, a list of these, or a `CompressionConfig`.
+        keep: per image or clip: a float in (0, 1] is a fraction, an int a token count.
+        pruning_rate: the fraction removed, instead of `keep`.
+        kv: a KV-cache policy.
+        positions: "renumber" or "original"; default: renumber on 1-D RoPE, original on M-RoPE.
+        options: options of the method.
+
+    Raises:
+        SpecError: an unknown method or option, or a value out of range.
+        UnsupportedError: the model, or what the method needs of it, is not supported, or it is wrapped already.
+    """
+    if isinstance(method, CompressionConfig):
+        if any(value is not None for value in (keep, pruning_rate, kv, positions)) or options:
+            raise SpecError("a CompressionConfig says everything; give no other arguments beside it.")
+        config = method
+    else:
+        config = CompressionConfig.create(
+            method, keep=keep, pruning_rate=pruning_rate, kv=kv, positions=positions, options=options
+        )
+    _check_transformers()
+    target = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = _family(target)
+    if hasattr(family.base, _MARK):
+        handle = getattr(family.base, _MARK)
+        raise UnsupportedError(f"already wrapped: {handle!r}. Call its unwrap() first, or set(keep=...) on it.")
+    return Handle(target, family, config)
+
+
+def _check_transformers() -> None:
+    if not hasattr(Cache, "get_query_offset"):
+        raise UnsupportedError(f"transformers {transformers.__version__} is too old: mmcompress needs >= 5.17.")
+
+
+def _family(model: Any) -> Family:
+    supported = ", ".join(sorted(FAMILIES))
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"{type(model).__name__} is no transformers model; supported families: {supported}.")
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        problem = "is no vision-language model" if not hasattr(model.config, "vision_config") else "is not supported"
+        raise UnsupportedError(f"{type(model).__name__} ({kind}) {problem}; supported families: {supported}.")
+    family = FAMILIES[kind](model.base_model)
+    sliding = set(getattr(family.base.get_decoder().config, "layer_types", None) or ()) - {"full_attention"}
+    if sliding:
+        raise UnsupportedError(f"{type(model).__name__} has {', '.join(sorted(sliding))} layers; only full attention is.")
+    return family
+
+
+def _method(config: CompressionConfig) -> tuple[Spec, VisualMethod]:
+    if config.kv is not None:
+        POLICIES.get(config.kv.name)
+        raise UnsupportedError(f"KV policy {config.kv.name!r}: the Hugging Face engine applies no KV policies yet.")
+    if len(config.methods) != 1:
+        given = ", ".join(spec.name for spec in config.methods) or "none"
+        raise SpecError(f"give exactly one method; got {given}. Available: {', '.join(METHODS.names())}.")
+    spec = config.methods[0]
+    method = METHODS.build(spec.name, spec.options)
+    if method.info.stage != "pre_llm":
+        raise UnsupportedError(f"{spec.name} acts in stage {method.info.stage!r}; this engine offers 'pre_llm'.")
+    return spec, method
+
+
+def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
+    for statistic, layers in needs.layers().items():
+        if statistic in encoder.missing:
+            raise UnsupportedError(f"{name} needs {statistic}, which is not available: {encoder.missing[statistic]}.")
+        outside = [layer for layer in layers if not 0 <= layer < encoder.depth]
+        if outside:
+            raise SpecError(f"{name} reads encoder layer {outside[0]}, but the encoder has layers 0..{encoder.depth - 1}.")
+
+
+def _default_positions(family: Family) -> Positions:
+    rope = getattr(family.base.get_decoder().config, "rope_parameters", None) or {}
+    return "original" if "mrope_section" in rope else "renumber"
+
+
+__all__ = ["Handle", "wrap"]

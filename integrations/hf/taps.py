@@ -1,0 +1,140 @@
+"""Statistics of vision attention layers, read from the queries and keys that pass through; no attention map, ever.
+
+A tapped module gets its own copy of its config that names our attention function. That function hands query and
+key to the statistics and then calls the attention the model was loaded with, so the encoder keeps SDPA or
+FlashAttention, and nothing global, serialised or shared is altered.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mmcompress.errors import UnsupportedError
+from mmcompress.statistics import STATISTICS
+from mmcompress.types import Needs
+
+# transformers decides by this substring whether an implementation takes FlashAttention's variable-length inputs.
+TAP, FLASH_TAP = "mmcompress_tap", "mmcompress_flash_tap"
+
+Key = tuple[str, int]
+Captured = dict[Key, list[Tensor]]
+FEATURES: Key = ("features", 0)
+
+
+class _Delegate:
+    """A module seen with the config it was loaded with."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _tapped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    config: Any = module.config
+    config.mmcompress_tap(query, key, attention_mask, kwargs)
+    original = config.mmcompress_original
+    implementation = original._attn_implementation
+    if implementation == "eager":
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+    return attend(_Delegate(module, original), query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(TAP, _tapped_attention)
+AttentionInterface.register(FLASH_TAP, _tapped_attention)
+
+
+class Taps:
+    """The taps one method needs on one vision encoder."""
+
+    def __init__(self, attentions: list[nn.Module], blocks: list[nn.Module], used: int, needs: Needs) -> None:
+        """Tap layers of `attentions`, and the output of `blocks[used - 1]` where features are needed."""
+        self._collecting: ContextVar[Captured | None] = ContextVar("collecting", default=None)
+        self._tapped: list[tuple[nn.Module, Any]] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        names = defaultdict(list)
+        for name, layers in needs.layers().items():
+            for layer in layers:
+                names[layer].append(name)
+        for layer, wanted in names.items():
+            self._tap(attentions[layer], layer, wanted)
+        if needs.features:
+            self._hooks.append(blocks[used - 1].register_forward_hook(self._collect_features))
+
+    def _tap(self, attention: nn.Module, layer: int, names: list[str]) -> None:
+        original: Any = attention.config
+
+        def collect(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+            captured = self._collecting.get()
+            if captured is None:
+                return
+            if mask is not None and not _attends_everywhere(mask):
+                raise UnsupportedError("vision statistics of partly padded image tiles are not supported.")
+            with torch.no_grad():
+                for q, k in _segments(query, key, kwargs.get("cu_seq_lens_q")):
+                    for name in names:
+                        value = STATISTICS[name](q, k, kwargs["scaling"])
+                        value = value if value.dim() == 3 else value[..., None]
+                        captured.setdefault((name, layer), []).append(value)
+
+        tapped = copy.copy(original)
+        tapped._attn_implementation_internal = FLASH_TAP if "flash" in original._attn_implementation else TAP
+        tapped.mmcompress_original = original
+        tapped.mmcompress_tap = collect
+        attention.config = tapped
+        self._tapped.append((attention, original))
+
+    def _collect_features(self, module: nn.Module, args: Any, output: Any) -> None:
+        captured = self._collecting.get()
+        if captured is not None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden if hidden.dim() == 3 else hidden[None]
+            captured.setdefault(FEATURES, []).append(hidden.detach().float())
+
+    @contextmanager
+    def collect(self) -> Iterator[Captured]:
+        """While open, every encoder call appends `[batch, tokens, channels]` under (name, layer)."""
+        captured: Captured = {}
+        token = self._collecting.set(captured)
+        try:
+            yield captured
+        finally:
+            self._collecting.reset(token)
+
+    def remove(self) -> None:
+        """Give every module its own config back."""
+        for attention, original in self._tapped:
+            attention.config = original
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _attends_everywhere(mask: Tensor) -> bool:
+    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
+
+
+def _segments(query: Tensor, key: Tensor, bounds: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The stretches of a packed FlashAttention call that attend among themselves; else the call itself."""
+    if bounds is None:
+        yield query, key
+        return
+    edges = bounds.tolist()
+    for begin, end in zip(edges, edges[1:], strict=False):
+        yield query[:, :, begin:end], key[:, :, begin:end]

@@ -1,0 +1,43 @@
+"""Removing tokens from ragged, padded batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ragged_index(keep: Tensor, pad_left: bool) -> Tensor:
+    """Source positions of the kept columns of each row, `[batch, longest]`, ascending, -1 where padded.
+
+    Args:
+        keep: `[batch, length]` bool.
+        pad_left: whether shorter rows are padded on the left.
+    """
+    counts = keep.sum(dim=1, keepdim=True)
+    longest = int(counts.max())
+    columns = torch.argsort(~keep, dim=1, stable=True)[:, :longest]
+    slot = torch.arange(longest, device=keep.device)
+    if pad_left:
+        columns = columns.gather(1, (slot - (longest - counts)) % max(longest, 1))
+        return columns.masked_fill(slot < longest - counts, -1)
+    return columns.masked_fill(slot >= counts, -1)
+
+
+def take(tensor: Tensor, index: Tensor) -> Tensor:
+    """Gather `tensor` `[batch, length, ...]` by `index` `[batch, kept]`; -1 gives zeros."""
+    rows = torch.arange(index.shape[0], device=index.device)[:, None]
+    taken = tensor[rows, index.clamp(min=0)]
+    valid = (index >= 0).view(*index.shape, *([1] * (tensor.dim() - 2)))
+    return torch.where(valid, taken, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def spread(tensor: Tensor, keep: Tensor, index: Tensor) -> Tensor:
+    """Undo `take` `[batch, kept, dim]` -> `[batch, length, dim]`: a removed position repeats the kept one before it.
+
+    The repetition keeps next-token losses right: the last token before a removed stretch predicts the one after it.
+    """
+    before = (keep.cumsum(dim=1) - 1).clamp(min=0)
+    padding = (index < 0).sum(dim=1, keepdim=True)
+    leading = torch.where(index[:, :1] < 0, padding, 0)
+    rows = torch.arange(index.shape[0], device=index.device)[:, None]
+    return tensor[rows, leading + before]

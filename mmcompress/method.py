@@ -1,0 +1,68 @@
+"""The base class of visual methods: it owns all that can be got wrong once, so that a method is one answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from mmcompress.budget import Budget
+from mmcompress.errors import InputError, SpecError
+from mmcompress.registry import MethodInfo
+from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
+
+
+class VisualMethod(ABC):
+    """Answers one question about an item: which tokens stay, and what do they absorb?
+
+    Subclasses are frozen dataclasses whose fields are the options; `keep` is never one of them. `exact_count` is
+    False only for methods that may return fewer tokens than the budget by definition.
+    """
+
+    info: ClassVar[MethodInfo]
+    exact_count: ClassVar[bool] = True
+
+    def needs(self, encoder: EncoderFacts) -> Needs:
+        """The statistics to tap, with layers resolved for this encoder."""
+        return Needs()
+
+    @abstractmethod
+    def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
+        """Choose at most `budget` of the item's tokens; called only when `0 < budget < len(item)`."""
+
+    def select_batch(self, items: Sequence[VisualItem], budgets: Sequence[int], needs: Needs) -> list[Selection]:
+        """Choose for several items at once; override where vectorising pays. Answers never depend on neighbours."""
+        return [self.select(item, budget, needs) for item, budget in zip(items, budgets, strict=True)]
+
+    def compress(self, items: Sequence[VisualItem], keep: Budget, needs: Needs) -> list[Selection]:
+        """Select for every item under its budget; an item no larger than its budget stays whole.
+
+        Raises:
+            InputError: a statistic the method reads is NaN or infinite.
+        """
+        selections = [Selection.everything(len(item), item.embeddings.device) for item in items]
+        budgets = [keep.tokens(len(item)) for item in items]
+        reducible = [i for i, item in enumerate(items) if budgets[i] < len(item)]
+        for i in reducible:
+            _require_finite(items[i], needs)
+        chosen = self.select_batch([items[i] for i in reducible], [budgets[i] for i in reducible], needs)
+        for i, selection in zip(reducible, chosen, strict=True):
+            self._check_count(len(selection), budgets[i])
+            selections[i] = selection
+        return selections
+
+    def _check_count(self, count: int, budget: int) -> None:
+        if count > budget or (self.exact_count and count != budget) or count == 0:
+            raise SpecError(f"method {self.info.name!r} returned {count} tokens for a budget of {budget}.")
+
+
+def _require_finite(item: VisualItem, needs: Needs) -> None:
+    read = [value for name in needs.layers() for value in getattr(item, name).values()]
+    if needs.embeddings:
+        read.append(item.embeddings)
+    if needs.features and item.features is not None:
+        read.append(item.features)
+    if not all(bool(torch.isfinite(value).all()) for value in read):
+        raise InputError(f"{item.label}: its visual features contain NaN or infinity, so tokens cannot be ranked.")

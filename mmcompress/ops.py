@@ -1,0 +1,7 @@
+"""The only door to the kernels: everything above calls these names and knows no implementation."""
+
+from mmcompress.kernels.attention_colsum.reference import attention_colsum
+from mmcompress.kernels.attention_rows.reference import attention_rows
+from mmcompress.kernels.greedy_select.reference import greedy_select
+
+__all__ = ["attention_colsum", "attention_rows", "greedy_select"]

@@ -1,0 +1,213 @@
+"""What the user asked for: one grammar for strings, dicts and JSON files, parsed into literals and never evaluated."""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mmcompress.budget import Budget
+from mmcompress.errors import SpecError, unknown_name
+from mmcompress.types import Positions
+
+FORMAT = "mmcompress-config"
+VERSION = 1
+
+_SPEC = re.compile(r"\s*(?P<name>[A-Za-z0-9][\w-]*)\s*(?:\((?P<arguments>.*)\)\s*)?", re.DOTALL)
+_ARGUMENT = re.compile(
+    r"""\s*(?P<key>[A-Za-z_]\w*)\s*=\s*
+    (?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^\s,()='"]+))
+    \s*(?:,|$)""",
+    re.VERBOSE,
+)
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A method or policy by name, with its budget and options.
+
+    Written `name`, `name(keep=0.2, option=value)` or `{"name": ..., "keep": ..., "option": ...}`.
+    """
+
+    name: str
+    keep: Budget | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any] | Spec) -> Spec:
+        """Read a spec from a string or a dict.
+
+        Raises:
+            SpecError: it does not follow the grammar.
+        """
+        if isinstance(value, Spec):
+            return value
+        if isinstance(value, str):
+            match = _SPEC.fullmatch(value)
+            if match is None:
+                raise SpecError(f"cannot read {value!r}: write name or name(option=value, ...).")
+            return cls._build(match["name"], list(_arguments(match["arguments"] or "", value)))
+        if isinstance(value, Mapping):
+            entries = dict(value)
+            name = entries.pop("name", None)
+            if not isinstance(name, str):
+                raise SpecError(f'cannot read {value!r}: a dict needs "name": "<method>".')
+            return cls._build(name, list(entries.items()))
+        raise SpecError(f"cannot read {value!r}: give a string or a dict, not {type(value).__name__}.")
+
+    @classmethod
+    def _build(cls, name: str, entries: Sequence[tuple[str, Any]]) -> Spec:
+        options = dict(entries)
+        if len(options) != len(entries):
+            raise SpecError(f"{name}: an option is given twice.")
+        budget = _budget(options.pop("keep", None), options.pop("pruning_rate", None))
+        return cls(name.lower().replace("_", "-"), budget, options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON-ready data that `parse` reads back."""
+        keep = {} if self.keep is None else {"keep": self.keep.keep}
+        return {"name": self.name, **keep, **self.options}
+
+    def __str__(self) -> str:
+        entries = {} if self.keep is None else {"keep": self.keep.keep}
+        entries.update(self.options)
+        arguments = ", ".join(f"{key}={_literal(value)}" for key, value in entries.items())
+        return f"{self.name}({arguments})" if arguments else self.name
+
+
+SpecLike = str | Mapping[str, Any] | Spec
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """All that is applied to a model: visual methods in order, a KV policy, the treatment of positions.
+
+    Raises:
+        SpecError: a part is malformed.
+    """
+
+    methods: tuple[Spec, ...] = ()
+    kv: Spec | None = None
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions is not None and self.positions not in typing.get_args(Positions):
+            raise unknown_name("positions", str(self.positions), typing.get_args(Positions))
+
+    @classmethod
+    def create(
+        cls,
+        method: SpecLike | Sequence[SpecLike] | None = None,
+        *,
+        keep: int | float | None = None,
+        pruning_rate: float | None = None,
+        kv: SpecLike | None = None,
+        positions: Positions | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> CompressionConfig:
+        """Assemble a config from the arguments of `wrap`; `keep` and `options` need exactly one method."""
+        listed = [] if method is None else [method] if isinstance(method, (str, Mapping, Spec)) else list(method)
+        methods = [Spec.parse(entry) for entry in listed]
+        budget = _budget(keep, pruning_rate)
+        if (budget is not None or options) and len(methods) != 1:
+            raise SpecError(
+                "keep and method options go with exactly one method; "
+                "write them inside each spec instead, as in ['todre(keep=0.2)']."
+            )
+        if budget is not None:
+            if methods[0].keep is not None:
+                raise SpecError(f"keep is given twice: {methods[0].keep} in the spec and {budget} beside it.")
+            methods[0] = replace(methods[0], keep=budget)
+        if options:
+            twice = sorted(set(options) & set(methods[0].options))
+            if twice:
+                raise SpecError(f"{methods[0].name}: option {twice[0]!r} is given twice.")
+            methods[0] = replace(methods[0], options={**methods[0].options, **options})
+        return cls(tuple(methods), None if kv is None else Spec.parse(kv), positions)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CompressionConfig:
+        """Read `{"method": ..., "keep": ..., "kv": ..., "positions": ...}`, with or without the file header."""
+        entries = dict(data)
+        if entries.pop("format", FORMAT) != FORMAT:
+            raise SpecError(f"not an mmcompress config: format is {data['format']!r}, expected {FORMAT!r}.")
+        if entries.pop("version", VERSION) != VERSION:
+            raise SpecError(f"config version {data['version']!r} is not supported; this release reads {VERSION}.")
+        allowed = ("method", "keep", "pruning_rate", "kv", "positions")
+        for key in entries:
+            if key not in allowed:
+                raise unknown_name("config entry", key, allowed)
+        return cls.create(**entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON-ready data with its format and version."""
+        data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+        data["method"] = [spec.to_dict() for spec in self.methods]
+        if self.kv is not None:
+            data["kv"] = self.kv.to_dict()
+        if self.positions is not None:
+            data["positions"] = self.positions
+        return data
+
+    def save(self, path: str | Path) -> None:
+        """Write the config as versioned JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CompressionConfig:
+        """Read a config written by `save`.
+
+        Raises:
+            SpecError: the file is missing, no JSON, of another format or version, or malformed.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SpecError(f"cannot read config {path}: {error}") from error
+        if not isinstance(data, dict):
+            raise SpecError(f"cannot read config {path}: expected a JSON object.")
+        return cls.from_dict(data)
+
+    def __str__(self) -> str:
+        return " + ".join(str(spec) for spec in (*self.methods, *([self.kv] if self.kv else [])))
+
+
+def _budget(keep: Any, pruning_rate: Any) -> Budget | None:
+    if pruning_rate is None:
+        return None if keep is None else Budget(keep)
+    if keep is not None:
+        raise SpecError("give keep or pruning_rate, not both.")
+    return Budget.from_pruning_rate(pruning_rate)
+
+
+def _arguments(text: str, whole: str) -> Iterator[tuple[str, Any]]:
+    position = 0
+    while text[position:].strip():
+        match = _ARGUMENT.match(text, position)
+        if match is None:
+            raise SpecError(f"cannot read {whole!r} from {text[position:].strip()!r}: write option=value, ...")
+        quoted = match["double"] if match["double"] is not None else match["single"]
+        yield match["key"], _scalar(match["bare"]) if quoted is None else quoted
+        position = match.end()
+
+
+def _scalar(word: str) -> Any:
+    if word.lower() in _WORDS:
+        return _WORDS[word.lower()]
+    for number in (int, float):
+        try:
+            return number(word)
+        except ValueError:
+            continue
+    return word
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str) and _scalar(value) == value and re.fullmatch(r"[^\s,()='\"]+", value):
+        return value
+    return json.dumps(value) if isinstance(value, str) else str(value)
