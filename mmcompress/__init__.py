@@ -1,8 +1,8 @@
 """mmcompress: fewer visual tokens in the vision-language models you already run.
 
-    handle = mmcompress.wrap(model, "todre", keep=0.25)
-    model.generate(**inputs); print(handle.stats)
-    handle.unwrap()
+handle = mmcompress.wrap(model, "todre", keep=0.25)
+model.generate(**inputs); print(handle.stats)
+handle.unwrap()
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class LLMShape:
     bytes_per_value: int
 
     def prefill_flops(self, tokens: int) -> int:
-        """FLOPs to prefill one sequence of `tokens`: matrix products only, 2 per multiply-add, full attention square."""
+        """FLOPs to prefill one sequence of `tokens`: matrix products, 2 per multiply-add, the full attention square."""
         projections = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         per_token = projections + 3 * self.hidden * self.intermediate
         attention = 2 * tokens * self.heads * self.head_dim

@@ -46,7 +46,7 @@ class Budget:
         return cls(round(1.0 - float(rate), 12))
 
     def tokens(self, available: int) -> int:
-        """Tokens kept of an item that has `available` tokens: a pure function, at least one, never more than there are."""
+        """Tokens kept of an item that has `available`: a pure function, at least one, never more than there are."""
         if isinstance(self.keep, int):
             return min(self.keep, available)
         return min(available, max(1, math.floor(self.keep * available + _ROUNDING)))

@@ -135,3 +135,22 @@ class Selection:
         if self.weight is None:
             return tokens[self.anchor]
         return (self.weight.to(torch.float32) @ tokens.to(torch.float32)).to(tokens.dtype)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one prefill did to one item.
+
+    Args:
+        row: batch row of the item.
+        modality: "image" or "video".
+        grids: `(rows, columns)` of each plane of its tokens.
+        selection: which tokens stayed, and what they absorbed.
+        positions: `[tokens]` columns of its tokens in the prompt, separators left out.
+    """
+
+    row: int
+    modality: Modality
+    grids: tuple[tuple[int, int], ...]
+    selection: Selection
+    positions: Tensor

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -65,7 +65,12 @@ class PrunedCache(DynamicCache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Tokens stored in layer `layer_idx`."""
-        return self.layers[layer_idx].physical_length() if layer_idx < len(self.layers) else 0
+        return cast(PrunedLayer, self.layers[layer_idx]).physical_length() if layer_idx < len(self.layers) else 0
+
+    def drop(self, tokens: int) -> None:
+        """Note that `tokens` were seen by every layer and stored by none."""
+        for layer in self.layers:
+            cast(PrunedLayer, layer).dropped += tokens
 
     def reset(self) -> None:
         """Forget all tokens and the state that went with them."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from mmcompress.accounting import ItemStats, LLMShape, Stats
 from mmcompress.budget import Budget
@@ -26,7 +26,7 @@ from mmcompress.integrations.hf.families import Family, Layout
 from mmcompress.integrations.hf.taps import FEATURES, Key
 from mmcompress.integrations.hf.vision import Encoded, Vision
 from mmcompress.method import VisualMethod
-from mmcompress.types import Modality, Needs, Positions, Selection, VisualItem
+from mmcompress.types import Modality, Needs, Positions, Selection, Trace, VisualItem
 
 FEATURE_INPUTS = ("pixel_values", "pixel_values_videos")
 
@@ -81,9 +81,7 @@ class _Forward(threading.local):
 class Door:
     """The hooks of the pre-LLM stage on one model."""
 
-    def __init__(
-        self, model: Any, family: Family, method: VisualMethod, needs: Needs, keep: Budget, positions: Positions
-    ) -> None:
+    def __init__(self, family: Family, method: VisualMethod, needs: Needs, keep: Budget, positions: Positions) -> None:
         self._family = family
         self._method = method
         self._needs = needs
@@ -94,6 +92,7 @@ class Door:
         self.keep = keep
         self.clock = StageClock()
         self.stats: Stats | None = None
+        self.trace: list[Trace] = []
         self.vision = Vision(family, needs, self.clock)
         base, decoder = family.base, self._decoder
         self._hooks = [
@@ -231,9 +230,7 @@ class Door:
         self._account(placed, selections, current, keep)
         return kwargs, valid, kept_positions
 
-    def _merge(
-        self, rows: Tensor, row_of: Tensor, placed: Sequence[Placed], selections: Sequence[Selection]
-    ) -> Tensor:
+    def _merge(self, rows: Tensor, row_of: Tensor, placed: Sequence[Placed], selections: Sequence[Selection]) -> Tensor:
         """Write what merged tokens absorb into `rows` `[all, dim]`; `row_of` `[batch, length]` finds a token's row."""
         if all(selection.weight is None for selection in selections):
             return rows
@@ -300,13 +297,23 @@ class Door:
     def _account(
         self, placed: Sequence[Placed], selections: Sequence[Selection], current: Tensor, keep: Tensor
     ) -> None:
+        in_rows = sorted(
+            (
+                (row, entry, selection)
+                for entry, selection in zip(placed, selections, strict=True)
+                for row in entry.rows
+            ),
+            key=lambda triple: triple[0],
+        )
         items = [
             ItemStats(row, entry.item.modality, len(entry.item), len(selection), entry.separators)
-            for entry, selection in zip(placed, selections, strict=True)
-            for row in entry.rows
+            for row, entry, selection in in_rows
         ]
-        tokens, kept = current.sum(dim=1).tolist(), keep.sum(dim=1).tolist()
-        self.stats = Stats(sorted(items, key=lambda item: item.row), tokens, kept, self._shape)
+        self.stats = Stats(items, current.sum(dim=1).tolist(), keep.sum(dim=1).tolist(), self._shape)
+        self.trace = [
+            Trace(row, entry.item.modality, entry.item.grids, selection, entry.positions)
+            for row, entry, selection in in_rows
+        ]
 
     def _before_layer(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -322,8 +329,8 @@ class Door:
         if call.cache is not None and call.state is not None:
             call.cache.state = call.state
         if call.keep is not None and call.index is not None:
-            for layer in call.cache.layers if call.cache is not None else ():
-                layer.dropped += call.keep.shape[1] - call.index.shape[1]
+            if call.cache is not None:
+                call.cache.drop(call.keep.shape[1] - call.index.shape[1])
             hidden = output.last_hidden_state
             output.last_hidden_state = spread(hidden, call.keep.to(hidden.device), call.index.to(hidden.device))
         return output

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class Family(ABC):
     @property
     def attentions(self) -> list[nn.Module]:
         """The attention module of every vision layer."""
-        return [block.self_attn for block in self.blocks]
+        return [cast(nn.Module, block.self_attn) for block in self.blocks]
 
     has_cls = False
 
@@ -93,11 +93,11 @@ class Family(ABC):
 
     @abstractmethod
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
-        """One layout per encoded item; `rows` `[placeholders, dim]` are all features, `call` the encoder's arguments."""
+        """One layout per encoded item; `rows` `[placeholders, dim]` are all features, `call` names the arguments."""
 
     @abstractmethod
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
-        """Per-patch values `[batch, tokens, channels]` of all encoder calls -> `[placeholders, channels]`, NaN at separators."""
+        """Values per patch `[batch, tokens, channels]` -> per token `[placeholders, channels]`, NaN at separators."""
 
 
 class _TiledEncoder(Family):
@@ -182,7 +182,7 @@ class LlavaNext(Llava):
         return [tuple(get_anyres_image_grid_shape(image, pinpoints, size)) for image in call["image_sizes"]]
 
     def _coordinates(self, crop_grid: Grid, device: torch.device) -> Tensor:
-        """Row and column of every patch's centre in the stitched image, `[tiles, patches, 2]`; zeros in the thumbnail."""
+        """Row and column of each patch's centre in the stitched image `[tiles, patches, 2]`; zeros in the thumbnail."""
         side, (crop_rows, crop_columns) = self.patches_per_side, crop_grid
         row = torch.arange(crop_rows * side, device=device) + 0.5
         column = torch.arange(crop_columns * side, device=device) + 0.5
@@ -239,7 +239,7 @@ class QwenVL(Family):
 
     @property
     def attentions(self) -> list[nn.Module]:
-        return [block.attn for block in self.blocks]
+        return [cast(nn.Module, block.attn) for block in self.blocks]
 
     @property
     def merge(self) -> int:
@@ -286,7 +286,7 @@ class InternVL(_TiledEncoder):
 
     @property
     def attentions(self) -> list[nn.Module]:
-        return [block.attention for block in self.blocks]
+        return [cast(nn.Module, block.attention) for block in self.blocks]
 
     @property
     def used_layers(self) -> int:

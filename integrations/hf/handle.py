@@ -20,7 +20,7 @@ from mmcompress.integrations.hf.families import FAMILIES, Family
 from mmcompress.method import VisualMethod
 from mmcompress.registry import METHODS, POLICIES
 from mmcompress.spec import CompressionConfig, Spec, SpecLike
-from mmcompress.types import EncoderFacts, Needs, Positions
+from mmcompress.types import EncoderFacts, Needs, Positions, Trace
 
 _MARK = "_mmcompress_handle"
 
@@ -36,7 +36,7 @@ class Handle:
         positions: how kept tokens are numbered.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, config: CompressionConfig) -> None:
+    def __init__(self, family: Family, config: CompressionConfig) -> None:
         spec, self.method = _method(config)
         self.config = config
         self.encoder: EncoderFacts = family.facts()
@@ -46,7 +46,7 @@ class Handle:
         if spec.keep is None:
             raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a token count, as in keep=0.25.")
         self._base = family.base
-        self._door: Door | None = Door(model, family, self.method, self.needs, spec.keep, self.positions)
+        self._door: Door | None = Door(family, self.method, self.needs, spec.keep, self.positions)
         setattr(self._base, _MARK, self)
 
     @property
@@ -54,6 +54,11 @@ class Handle:
         """What the last prefill with visual input kept and saved; None before the first."""
         door = self._active()
         return None if door.stats is None else replace(door.stats, seconds=door.clock.read())
+
+    @property
+    def trace(self) -> list[Trace]:
+        """What the last prefill with visual input did to every item, in row order."""
+        return self._active().trace
 
     @property
     def keep(self) -> int | float:
@@ -146,7 +151,7 @@ def wrap(
     if hasattr(family.base, _MARK):
         handle = getattr(family.base, _MARK)
         raise UnsupportedError(f"already wrapped: {handle!r}. Call its unwrap() first, or set(keep=...) on it.")
-    return Handle(target, family, config)
+    return Handle(family, config)
 
 
 def _check_transformers() -> None:
@@ -165,7 +170,9 @@ def _family(model: Any) -> Family:
     family = FAMILIES[kind](model.base_model)
     sliding = set(getattr(family.base.get_decoder().config, "layer_types", None) or ()) - {"full_attention"}
     if sliding:
-        raise UnsupportedError(f"{type(model).__name__} has {', '.join(sorted(sliding))} layers; only full attention is.")
+        raise UnsupportedError(
+            f"{type(model).__name__} has {', '.join(sorted(sliding))} layers; only full attention is."
+        )
     return family
 
 
@@ -189,7 +196,9 @@ def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
             raise UnsupportedError(f"{name} needs {statistic}, which is not available: {encoder.missing[statistic]}.")
         outside = [layer for layer in layers if not 0 <= layer < encoder.depth]
         if outside:
-            raise SpecError(f"{name} reads encoder layer {outside[0]}, but the encoder has layers 0..{encoder.depth - 1}.")
+            raise SpecError(
+                f"{name} reads encoder layer {outside[0]}, but the encoder has layers 0..{encoder.depth - 1}."
+            )
 
 
 def _default_positions(family: Family) -> Positions:

@@ -123,7 +123,7 @@ _WIDE = frozenset({"cls_rows", "keys", "key_metric"})
 def _fingerprint(value: Any) -> Any:
     """A key equal for equal arguments, tensors compared by content."""
     if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().view(torch.uint8).numpy()
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return (tuple(value.shape), value.dtype, hashlib.blake2b(content).digest())
     if isinstance(value, (list, tuple)):
         return tuple(_fingerprint(part) for part in value)

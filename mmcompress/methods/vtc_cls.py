@@ -45,7 +45,9 @@ class VTCCLS(VisualMethod):
         if first is None:
             first = encoder.scale_layer(PAPER_FIRST_LAYER, PAPER_DEPTH)
         if not 0 <= first < encoder.used:
-            raise SpecError(f"vtc-cls: first_layer={first} is out of range; this encoder uses layers 0..{encoder.used - 1}.")
+            raise SpecError(
+                f"vtc-cls: first_layer={first} is out of range; this encoder uses layers 0..{encoder.used - 1}."
+            )
         if self.score == "cls":
             return Needs(cls_rows=tuple(range(first, encoder.used)))
         later = tuple(layer for layer in encoder.global_layers if layer >= first)

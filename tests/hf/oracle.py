@@ -87,6 +87,16 @@ def _flat(features: Any) -> Tensor:
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
+def _tokens(model: PreTrainedModel, output: Any, tokens: int) -> Tensor:
+    """`[tokens, dim]` features for that many placeholders, newlines included."""
+    features = output.pooler_output
+    if isinstance(features, Tensor) and features.shape[:-1].numel() < tokens:
+        # Until 5.17, OneVision ends clips with their newline only after `get_video_features`.
+        newline = model.base_model.image_newline.expand(len(features), 1, -1)
+        features = torch.cat([features, newline], 1)
+    return _flat(features)
+
+
 def _encode(model: PreTrainedModel, inputs: Inputs, modality: Modality) -> Any:
     """The model's own features of all images or videos; None if the inputs have none."""
     media = {name: inputs[name] for name in _MEDIA[modality] if inputs.get(name) is not None}
@@ -119,7 +129,7 @@ def _prompt(model: PreTrainedModel, family_name: str, inputs: Inputs) -> list[_R
             continue
         mask = ids == _token_id(model, modality)
         visual |= mask
-        embeddings = embeddings.masked_scatter(mask[..., None], _flat(output.pooler_output))
+        embeddings = embeddings.masked_scatter(mask[..., None], _tokens(model, output, int(mask.sum())))
         planes = getattr(output, "deepstack_features", None) or []
         levels = levels or [torch.zeros_like(embeddings) for _ in planes]
         levels = [

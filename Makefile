@@ -1,0 +1,50 @@
+# `make demo` and `make test` are all a newcomer needs; both set up what they use.
+PYTHON ?= python3
+RUN := .venv/bin/python
+VERSIONS := 5.17 5.19
+
+.PHONY: help setup demo test test-slow lint format clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: .venv/.ready ## make .venv with the newest supported transformers
+
+demo: .venv/.ready ## answer the embedded suite with the embedded model, compressed and not
+	$(RUN) -m mmcompress.cli demo
+
+test: .venv/.ready ## the tests, newest transformers
+	$(RUN) -m pytest -n 2 -m "not slow"
+
+test-slow: .venv/.ready $(VERSIONS:%=.venv-%/.ready) ## slow tests, and the engine tests on older transformers
+	$(RUN) -m pytest -n 2 -m slow
+	@for version in $(VERSIONS); do \
+		echo "== transformers $$version"; \
+		.venv-$$version/bin/python -m pytest -n 2 tests/hf tests/parity tests/methods || exit 1; \
+	done
+
+lint: .venv/.ready ## ruff, mypy, import-linter
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
+
+format: .venv/.ready ## let ruff rewrite the sources
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean: ## remove environments and caches
+	rm -rf .venv .venv-* build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# torch goes first: with the pinned version in place nothing pulls another build of it.
+.venv/.ready: constraints/latest.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints/latest.txt)
+	.venv/bin/pip install -q --disable-pip-version-check -c constraints/latest.txt -e ".[dev]"
+	touch $@
+
+.venv-%/.ready: constraints/transformers-%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints/latest.txt)
+	.venv-$*/bin/pip install -q --disable-pip-version-check -c constraints/transformers-$*.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,109 @@
+"""Coverage masks of shapes and two-digit numbers: what an object's colour or ink is multiplied with."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from mmcompress.errors import unknown_name
+from mmcompress.evals.micro.vocabulary import SHAPE_NAMES
+
+FONTS: tuple[str, ...] = ("DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSans.ttf")
+FONT_SIZES: tuple[int, ...] = (15, 18, 22)
+
+Mask = NDArray[np.float32]
+
+_OVERSAMPLING = 6
+_DIGIT_GAP = 2
+
+
+@functools.cache
+def shape_mask(kind: str, size: int) -> Mask:
+    """Draw one shape, anti-aliased, and return its coverage [size, size] in 0..1.
+
+    Raises:
+        SpecError: `kind` is not a known shape.
+    """
+    side = size * _OVERSAMPLING
+    last = side - 2  # one oversampled pixel stays free on every side
+    center = side / 2
+    image = Image.new("L", (side, side), 0)
+    draw = ImageDraw.Draw(image)
+    match kind:
+        case "circle":
+            draw.ellipse((1, 1, last, last), fill=255)
+        case "square":
+            inset = 0.07 * side
+            draw.rectangle((inset, inset, side - inset, side - inset), fill=255)
+        case "triangle":
+            draw.polygon([(center, 1), (last, 0.93 * side), (1, 0.93 * side)], fill=255)
+        case "star":
+            draw.polygon(_star(center, outer=center - 1, inner=0.42 * (center - 1)), fill=255)
+        case "cross":
+            arm = 0.16 * side
+            draw.rectangle((center - arm, 1, center + arm, last), fill=255)
+            draw.rectangle((1, center - arm, last, center + arm), fill=255)
+        case "diamond":
+            draw.polygon([(center, 0), (0.88 * side, center), (center, side - 1), (0.12 * side, center)], fill=255)
+        case "ring":
+            hole = 0.52 * (center - 1)
+            draw.ellipse((1, 1, last, last), fill=255)
+            draw.ellipse((center - hole, center - hole, center + hole, center + hole), fill=0)
+        case "moon":
+            draw.ellipse((1, 1, last, last), fill=255)
+            draw.ellipse((0.34 * side, -0.06 * side, 1.22 * side, 0.82 * side), fill=0)
+        case _:
+            raise unknown_name("shape", kind, SHAPE_NAMES)
+    return _coverage(image.resize((size, size), Image.Resampling.BOX))
+
+
+@functools.cache
+def number_mask(number: str, font: str, font_size: int) -> Mask:
+    """Draw the digits of `number` next to each other, top-aligned, and return their coverage [height, width] in 0..1.
+
+    Raises:
+        SpecError: `font` is not one of `FONTS`.
+    """
+    if font not in FONTS:
+        raise unknown_name("font", font, FONTS)
+    digits = [_digit(digit, font, font_size) for digit in number]
+    width = sum(digit.shape[1] for digit in digits) + _DIGIT_GAP * (len(digits) - 1)
+    mask = np.zeros((max(digit.shape[0] for digit in digits), width), np.float32)
+    x = 0
+    for digit in digits:
+        mask[: digit.shape[0], x : x + digit.shape[1]] = digit
+        x += digit.shape[1] + _DIGIT_GAP
+    return _frozen(mask)
+
+
+def _star(center: float, outer: float, inner: float) -> list[tuple[float, float]]:
+    corners = []
+    for index in range(10):
+        angle = math.pi * (index / 5 - 0.5)
+        radius = inner if index % 2 else outer
+        corners.append((center + radius * math.cos(angle), center + radius * math.sin(angle)))
+    return corners
+
+
+@functools.cache
+def _digit(digit: str, font: str, font_size: int) -> Mask:
+    face = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", font), font_size)
+    left, top, right, bottom = (int(edge) for edge in face.getbbox(digit))
+    image = Image.new("L", (right - left + 1, bottom - top + 1), 0)
+    ImageDraw.Draw(image).text((-left, -top), digit, font=face, fill=255)
+    return _coverage(image)
+
+
+def _coverage(image: Image.Image) -> Mask:
+    return _frozen(np.asarray(image, np.float32) / np.float32(255))
+
+
+def _frozen(mask: Mask) -> Mask:
+    mask.setflags(write=False)  # masks are cached and shared between calls
+    return mask
