@@ -24,7 +24,7 @@ class InputError(MMCompressError, ValueError):
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> SpecError:
     """Build the error for a `name` that is not in `allowed`, with the nearest match."""
-    allowed = sorted(allowed)
+    name, allowed = str(name), sorted(allowed)
     nearest = difflib.get_close_matches(name.lower(), allowed, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     listing = ", ".join(allowed) if allowed else "none"

@@ -59,10 +59,7 @@ class VisualMethod(ABC):
 
 
 def _require_finite(item: VisualItem, needs: Needs) -> None:
-    read = [value for name in needs.layers() for value in getattr(item, name).values()]
-    if needs.embeddings:
-        read.append(item.embeddings)
-    if needs.features and item.features is not None:
-        read.append(item.features)
-    if not all(bool(torch.isfinite(value).all()) for value in read):
+    read = [getattr(item, name)[layer] for name, layers in needs.layers().items() for layer in layers]
+    read += [getattr(item, name) for name in ("embeddings", "features", "text") if getattr(needs, name)]
+    if not all(bool(torch.isfinite(value).all()) for value in read if value is not None):
         raise InputError(f"{item.label}: its visual features contain NaN or infinity, so tokens cannot be ranked.")

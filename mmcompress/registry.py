@@ -76,7 +76,7 @@ class Registry:
         """Class decorator: make a class known under `name`, with its `MethodInfo` fields."""
 
         def decorate(cls: T) -> T:
-            if name in self._classes:
+            if name in self._classes or self._builtin.get(name, cls.__module__) != cls.__module__:
                 raise SpecError(f"{self.kind} {name!r} is registered twice.")
             cls.info = MethodInfo(name=name, **card)  # type: ignore[attr-defined]
             self._classes[name] = cls
@@ -94,7 +94,10 @@ class Registry:
             if name in self._builtin:
                 importlib.import_module(self._builtin[name])
             elif name in self._entry_points:
-                self._classes[name] = self._entry_points[name].load()
+                entry = self._entry_points[name]
+                entry.load()
+                if name not in self._classes:
+                    raise SpecError(f"{entry.value} was loaded, but registered no {self.kind} {name!r}.")
             else:
                 raise unknown_name(self.kind, name, self.names())
         return self._classes[name]

@@ -20,7 +20,7 @@ VERSION = 1
 _SPEC = re.compile(r"\s*(?P<name>[A-Za-z0-9][\w-]*)\s*(?:\((?P<arguments>.*)\)\s*)?", re.DOTALL)
 _ARGUMENT = re.compile(
     r"""\s*(?P<key>[A-Za-z_]\w*)\s*=\s*
-    (?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^\s,()='"]+))
+    (?:(?P<double>"(?:[^"\\]|\\.)*")|'(?P<single>[^']*)'|(?P<bare>[^\s,()='"]+))
     \s*(?:,|$)""",
     re.VERBOSE,
 )
@@ -111,7 +111,7 @@ class CompressionConfig:
         options: Mapping[str, Any] | None = None,
     ) -> CompressionConfig:
         """Assemble a config from the arguments of `wrap`; `keep` and `options` need exactly one method."""
-        listed = [] if method is None else [method] if isinstance(method, (str, Mapping, Spec)) else list(method)
+        listed: list[Any] = [] if method is None else list(method) if isinstance(method, (list, tuple)) else [method]
         methods = [Spec.parse(entry) for entry in listed]
         budget = _budget(keep, pruning_rate)
         if (budget is not None or options) and len(methods) != 1:
@@ -191,9 +191,21 @@ def _arguments(text: str, whole: str) -> Iterator[tuple[str, Any]]:
         match = _ARGUMENT.match(text, position)
         if match is None:
             raise SpecError(f"cannot read {whole!r} from {text[position:].strip()!r}: write option=value, ...")
-        quoted = match["double"] if match["double"] is not None else match["single"]
-        yield match["key"], _scalar(match["bare"]) if quoted is None else quoted
+        if match["bare"] is not None:
+            yield match["key"], _scalar(match["bare"])
+        elif match["single"] is not None:
+            yield match["key"], match["single"]
+        else:
+            yield match["key"], _unescape(match["double"], whole)
         position = match.end()
+
+
+def _unescape(text: str, whole: str) -> str:
+    """Double-quoted text, with the escapes of JSON."""
+    try:
+        return str(json.loads(text, strict=False))
+    except ValueError as error:
+        raise SpecError(f"cannot read {whole!r}: bad escape in {text}; use single quotes for plain text.") from error
 
 
 def _scalar(word: str) -> Any:

@@ -207,7 +207,7 @@ class LlavaOnevision(LlavaNext):
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
         if modality == "image":
             return super().layouts(modality, rows, call)
-        videos, frames = call["pixel_values_videos"].shape[:2]
+        videos, frames = _pixels(call).shape[:2]
         side = -(-self.patches_per_side // 2)
         clip = Layout.of_planes([(side, side)] * frames, modality, rows.device)
         end = torch.ones(1, dtype=torch.bool, device=rows.device)
@@ -217,7 +217,7 @@ class LlavaOnevision(LlavaNext):
         if modality == "image":
             return super().align(chunks, modality, call)
         pooled = self.base.apply_pooling(self._patches(chunks))
-        clips = pooled.reshape(call["pixel_values_videos"].shape[0], -1, pooled.shape[-1])
+        clips = pooled.reshape(len(_pixels(call)), -1, pooled.shape[-1])
         return nn.functional.pad(clips, (0, 0, 0, 1), value=torch.nan).flatten(0, 1)
 
     def _crop_grids(self, call: Mapping[str, Any]) -> list[Grid]:
@@ -228,6 +228,11 @@ class LlavaOnevision(LlavaNext):
     def _packer(self, call: Mapping[str, Any]) -> Any:
         ratio = call.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
         return partial(self.base.pack_image_features, vision_aspect_ratio=ratio)
+
+
+def _pixels(call: Mapping[str, Any]) -> Tensor:
+    # transformers 5.17 calls a video's pixels pixel_values.
+    return call["pixel_values_videos"] if "pixel_values_videos" in call else call["pixel_values"]
 
 
 class QwenVL(Family):

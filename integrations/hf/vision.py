@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcompress.errors import InputError
 from mmcompress.integrations.hf.clock import StageClock
 from mmcompress.integrations.hf.families import ENCODERS, Family, Layout
 from mmcompress.integrations.hf.taps import FEATURES, Key, Taps
@@ -105,8 +104,6 @@ class Vision:
         rows = torch.cat([feature.detach().reshape(-1, feature.shape[-1]) for feature in output.pooler_output])
         layouts = self._family.layouts(modality, rows, call)
         lengths = [len(layout.separator) for layout in layouts]
-        if sum(lengths) != len(rows):
-            raise InputError(f"{modality} features have {len(rows)} rows, expected {sum(lengths)}.")
         statistics: list[dict[Key, Tensor]] = [{} for _ in layouts]
         for name_and_layer, chunks in captured.items():
             aligned = self._family.align(chunks, modality, call).split(lengths)

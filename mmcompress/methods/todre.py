@@ -50,6 +50,8 @@ class ToDRE(VisualMethod):
     def _pivot(self, item: VisualItem, needs: Needs) -> Tensor:
         if needs.cls_rows:
             attention = item.cls_rows[needs.cls_rows[-1]].mean(dim=-1)
-            return torch.where(item.tiles == 0, attention, -torch.inf).argmax()
+            if item.modality == "image":
+                attention = torch.where(item.tiles == 0, attention, -torch.inf)
+            return attention.argmax()
         tokens = torch.nn.functional.normalize(item.embeddings.float(), dim=-1)
         return (tokens @ tokens.mean(dim=0)).argmin()

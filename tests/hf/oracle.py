@@ -222,7 +222,9 @@ def _shuffled_layout(model: PreTrainedModel, family_name: str, tiles: int) -> _L
     groups = shuffled.reshape(-1, shuffled.shape[-1])
     merged = int(len(groups) ** 0.5)
     align = torch.block_diag(*[_grouped(groups)] * tiles)
-    return _Layout(((merged, merged),) * tiles, torch.arange(tiles).repeat_interleave(len(groups)), align)
+    # Where InternVL cuts an image into several tiles, the last is the thumbnail, which has number 0.
+    numbers = (torch.arange(tiles) + 1) % tiles
+    return _Layout(((merged, merged),) * tiles, numbers.repeat_interleave(len(groups)), align)
 
 
 def _pooled_video_layout(model: PreTrainedModel, frames: int) -> _Layout:
