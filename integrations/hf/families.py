@@ -73,6 +73,11 @@ class Family(ABC):
         """The attention module of every vision layer."""
         return [cast(nn.Module, block.self_attn) for block in self.blocks]
 
+    @property
+    def feature_source(self) -> nn.Module:
+        """The module whose output goes to the projector."""
+        return self.blocks[self.used_layers - 1]
+
     has_cls = False
 
     @property
@@ -316,6 +321,10 @@ class InternVL(_TiledEncoder):
 
 class SmolVLM(_TiledEncoder):
     """SmolVLM: every sub-image is an item of its own, since text tokens name each; pixel shuffle by `scale_factor`."""
+
+    @property
+    def feature_source(self) -> nn.Module:
+        return cast(nn.Module, self.base.get_encoder("image").post_layernorm)
 
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
         side = self.patches_per_side // self.config.scale_factor

@@ -64,8 +64,8 @@ AttentionInterface.register(FLASH_TAP, _tapped_attention)
 class Taps:
     """The taps one method needs on one vision encoder."""
 
-    def __init__(self, attentions: list[nn.Module], blocks: list[nn.Module], used: int, needs: Needs) -> None:
-        """Tap layers of `attentions`, and the output of `blocks[used - 1]` where features are needed."""
+    def __init__(self, attentions: list[nn.Module], feature_source: nn.Module, needs: Needs) -> None:
+        """Tap layers of `attentions`, and the output of `feature_source` where features are needed."""
         self._collecting: ContextVar[Captured | None] = ContextVar("collecting", default=None)
         self._tapped: list[tuple[nn.Module, Any]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -76,7 +76,7 @@ class Taps:
         for layer, wanted in names.items():
             self._tap(attentions[layer], layer, wanted)
         if needs.features:
-            self._hooks.append(blocks[used - 1].register_forward_hook(self._collect_features))
+            self._hooks.append(feature_source.register_forward_hook(self._collect_features))
 
     def _tap(self, attention: nn.Module, layer: int, names: list[str]) -> None:
         original: Any = attention.config

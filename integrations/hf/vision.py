@@ -41,7 +41,7 @@ class Vision:
         self._local = threading.local()
         self._replaced: list[str] = []
         self._memo: dict[Any, tuple[Any, Encoded]] | None = None
-        self._taps = Taps(family.attentions, family.blocks, family.used_layers, needs)
+        self._taps = Taps(family.attentions, family.feature_source, needs)
         for modality in family.token_ids:
             name = ENCODERS[modality]
             setattr(family.base, name, self._watch(modality, getattr(family.base, name)))

@@ -1,0 +1,354 @@
+"""Wrapping fails well and leaves no trace."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hf.families import FAMILIES
+from hf.oracle import reference_items
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import mmcompress
+from mmcompress import InputError, SpecError, UnsupportedError
+
+
+@cache
+def built(name: str) -> Any:
+    return FAMILIES[name].build("sdpa")
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that wrapping could touch."""
+    seen: dict[str, Any] = {"state": {key: value.clone() for key, value in model.state_dict().items()}}
+    for name, module in model.named_modules():
+        seen[name] = {
+            key: len(value) if "hooks" in key and isinstance(value, dict) else id(value)
+            for key, value in vars(module).items()
+            if key != "rope_deltas"  # Qwen's own note of the last forward pass
+        }
+    seen["config"] = model.config.to_dict()
+    return seen
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before.keys() == after.keys()
+    for key, value in before["state"].items():
+        assert torch.equal(value, after["state"][key])
+    for key in before.keys() - {"state"}:
+        assert before[key] == after[key], key
+
+
+def greedy(model: Any, inputs: dict) -> torch.Tensor:
+    return model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+
+
+BAD_REQUESTS = [
+    (dict(method="toder", keep=0.5), SpecError, "unknown method 'toder'.*Did you mean 'todre'.*vtc-cls"),
+    (dict(method="todre", keep=0.5, objectiv="max-sum"), SpecError, "'objectiv'.*Did you mean 'objective'"),
+    (dict(method="todre", keep=0.5, objective="best"), SpecError, "'max-sum', 'k-center'"),
+    (dict(method="random", keep=0.5, seed="x"), SpecError, "seed='x' must be int"),
+    (dict(method="todre(keep=0.5", keep=0.5), SpecError, "cannot read"),
+    (dict(method="todre(keep=0.5)", keep=0.5), SpecError, "keep is given twice"),
+    (dict(method="todre"), SpecError, "todre needs keep="),
+    (dict(method="todre", keep=0), SpecError, "keep=0 "),
+    (dict(method="todre", keep=-1), SpecError, "keep=-1"),
+    (dict(method="todre", keep=1.5), SpecError, "keep=1.5 is out of range"),
+    (dict(method="todre", keep=float("nan")), SpecError, "keep=nan"),
+    (dict(method="todre", keep=True), SpecError, "got True"),
+    (dict(method="todre", keep="0.5"), SpecError, "got '0.5'"),
+    (dict(method="todre", keep=0.5, pruning_rate=0.5), SpecError, "not both"),
+    (dict(method="todre", pruning_rate=1.0), SpecError, "pruning_rate"),
+    (dict(method="todre", keep=0.5, positions="orginal"), SpecError, "Did you mean 'original'"),
+    (dict(method=None), SpecError, "exactly one method"),
+    (dict(method=["todre(keep=0.5)", "random(keep=0.5)"]), SpecError, "exactly one method"),
+    (dict(method="todre", keep=0.5, kv="snapkv"), SpecError, "unknown KV policy 'snapkv'"),
+    (dict(method="vtc-cls", keep=0.5, first_layer=2), SpecError, "first_layer=2 is out of range"),
+    (dict(method="vtc-cls", keep=0.5, first_layer=-1), SpecError, "first_layer=-1 is out of range"),
+]
+
+
+@pytest.mark.parametrize(("request_", "error", "message"), BAD_REQUESTS)
+def test_bad_requests_name_the_problem_and_touch_nothing(request_: dict, error: type, message: str) -> None:
+    model = built("llava")
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        mmcompress.wrap(model, **request_)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(2, 2), "Linear is no transformers model"),
+        ("llava", "str is no transformers model"),
+        (
+            transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(
+                    hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+                )
+            ),
+            "LlamaForCausalLM.*is no vision-language model",
+        ),
+    ],
+)
+def test_models_that_cannot_be_wrapped(model: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message + ".*llava_next"):
+        mmcompress.wrap(model, "todre", keep=0.5)
+
+
+def test_an_unsupported_vision_language_model_is_named() -> None:
+    config = transformers.VipLlavaConfig(
+        vision_config=FAMILIES["llava"].build("sdpa").config.vision_config,
+        text_config=FAMILIES["llava"].build("sdpa").config.text_config,
+    )
+    with pytest.raises(UnsupportedError, match=r"VipLlava.*\(vipllava\) is not supported"):
+        mmcompress.wrap(transformers.VipLlavaForConditionalGeneration(config), "todre", keep=0.5)
+
+
+def test_a_feature_strategy_that_keeps_the_cls_token_is_refused() -> None:
+    config = transformers.LlavaConfig(
+        vision_config=built("llava").config.vision_config,
+        text_config=built("llava").config.text_config,
+        vision_feature_select_strategy="full",
+    )
+    with pytest.raises(UnsupportedError, match="vision_feature_select_strategy='full' is not supported"):
+        mmcompress.wrap(transformers.LlavaForConditionalGeneration(config), "todre", keep=0.5)
+
+
+def test_sliding_window_models_are_refused() -> None:
+    settings_ = built("llava_onevision").config.text_config.to_dict()
+    settings_ |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None}
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=built("llava_onevision").config.vision_config, text_config=transformers.Qwen2Config(**settings_)
+    )
+    with pytest.raises(UnsupportedError, match="sliding_attention"):
+        mmcompress.wrap(transformers.LlavaOnevisionForConditionalGeneration(config), "todre", keep=0.5)
+
+
+def test_wrapping_twice_is_an_error() -> None:
+    model = built("llava")
+    with mmcompress.wrap(model, "todre", keep=0.5):
+        with pytest.raises(UnsupportedError, match=r"already wrapped: <mmcompress todre\(keep=0.5\)"):
+            mmcompress.wrap(model, "random", keep=0.5)
+        with pytest.raises(UnsupportedError, match="already wrapped"):
+            mmcompress.wrap(model.model, "random", keep=0.5)
+    mmcompress.wrap(model, "random", keep=0.5).unwrap()
+
+
+def test_an_unwrapped_handle_says_so() -> None:
+    handle = mmcompress.wrap(built("llava"), "todre", keep=0.5)
+    handle.unwrap()
+    handle.unwrap()
+    for use in (lambda: handle.stats, lambda: handle.set(keep=0.1), lambda: handle.keep, lambda: handle.trace):
+        with pytest.raises(UnsupportedError, match="unwrapped"):
+            use()
+    assert "unwrapped" in repr(handle)
+
+
+def test_a_bad_budget_leaves_the_one_in_force() -> None:
+    with mmcompress.wrap(built("llava"), "todre", keep=0.5) as handle:
+        with pytest.raises(SpecError):
+            handle.set(keep=0.0)
+        assert handle.keep == 0.5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_and_config_are_untouched_while_wrapped(name: str, tmp_path: Any) -> None:
+    model = built(name)
+    model.save_pretrained(tmp_path)  # which fills in the config
+    before = snapshot(model)
+    with mmcompress.wrap(model, "todre", keep=0.5):
+        assert model.state_dict().keys() == before["state"].keys()
+        assert model.config.to_dict() == before["config"]
+        model.save_pretrained(tmp_path)
+    assert_same(before, snapshot(model))
+
+
+class Failure(Exception):
+    """Raised from inside a forward pass."""
+
+
+ACTIONS = st.lists(
+    st.sampled_from(["wrap", "generate", "fail in encoder", "fail in decoder", "fail in layer", "unwrap"]),
+    min_size=2,
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(actions=ACTIONS, spec=st.sampled_from(["todre", "vtc-cls(score=received)", "pool"]))
+def test_any_history_of_wrapping_ends_with_the_original(name: str, actions: list[str], spec: str) -> None:
+    model, before, plain, compressed = _facts(name, spec)
+    inputs = FAMILIES[name].inputs(model, "images")
+    handle = None
+    for action in actions:
+        if action == "wrap" and handle is None:
+            handle = mmcompress.wrap(model, spec, keep=0.4)
+        elif action == "unwrap" and handle is not None:
+            handle.unwrap()
+            handle = None
+        elif action.startswith("fail"):
+            _fail(model, action.removeprefix("fail in "), inputs)
+        else:
+            assert torch.equal(greedy(model, inputs), plain if handle is None else compressed)
+    if handle is not None:
+        assert torch.equal(greedy(model, inputs), compressed), "a failed forward pass left something behind"
+        handle.unwrap()
+    assert torch.equal(greedy(model, inputs), plain)
+    assert_same(before, snapshot(model))
+
+
+@cache
+def _facts(name: str, spec: str) -> tuple[Any, dict, torch.Tensor, torch.Tensor]:
+    model = FAMILIES[name].build("sdpa")
+    inputs = FAMILIES[name].inputs(model, "images")
+    plain = greedy(model, inputs)  # first: some models fill caches of their own on their first pass
+    before = snapshot(model)
+    with mmcompress.wrap(model, spec, keep=0.4):
+        compressed = greedy(model, inputs)
+    return model, before, plain, compressed
+
+
+def _fail(model: Any, where: str, inputs: dict) -> None:
+    base = model.base_model
+    place = {
+        "encoder": base.get_encoder("image"),
+        "decoder": base.get_decoder(),
+        "layer": base.get_decoder().layers[1],
+    }[where]
+
+    def fail(*args: Any) -> None:
+        raise Failure
+
+    hook = place.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(Failure):
+            greedy(model, inputs)
+    finally:
+        hook.remove()
+
+
+def test_text_only_prompts_pass_untouched() -> None:
+    for name in FAMILIES:
+        ids = {"input_ids": torch.tensor([[1, 20, 21, 22, 23]])}
+        plain = greedy(built(name), ids)
+        with mmcompress.wrap(built(name), "todre", keep=0.5) as handle:
+            assert torch.equal(greedy(built(name), ids), plain)
+            assert handle.stats is None
+
+
+def test_a_generated_placeholder_is_not_an_image() -> None:
+    """The model may emit the placeholder id; without features it is a token like any other."""
+    model = built("llava")
+    ids = torch.tensor([[1, 20, 4, 21]])
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with mmcompress.wrap(model, "todre", keep=0.5):
+            assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+@pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
+def test_other_caches_are_refused_by_name(implementation: str) -> None:
+    inputs = FAMILIES["llava"].inputs(built("llava"), "single")
+    with mmcompress.wrap(built("llava"), "todre", keep=0.5), pytest.raises(Exception) as caught:
+        built("llava").generate(**inputs, max_new_tokens=2, cache_implementation=implementation)
+    if implementation == "static":
+        assert isinstance(caught.value, UnsupportedError)
+        assert "StaticCache" in str(caught.value)
+
+
+def test_nan_features_name_the_image() -> None:
+    model = built("llava")
+    inputs = FAMILIES["llava"].inputs(model, "images")
+    inputs["pixel_values"][1] = torch.nan
+    with mmcompress.wrap(model, "todre", keep=0.5), pytest.raises(InputError, match=r"image 1 \(row 1\).*NaN"):
+        greedy(model, inputs)
+
+
+def test_an_image_cut_by_chunked_prefill_is_refused() -> None:
+    model = built("llava")
+    inputs = FAMILIES["llava"].inputs(model, "single")
+    with mmcompress.wrap(model, "todre", keep=0.5), pytest.raises(UnsupportedError, match="one piece"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+
+
+def test_custom_attention_masks_are_refused() -> None:
+    model = built("llava")
+    inputs = FAMILIES["llava"].inputs(model, "single")
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    with mmcompress.wrap(model, "todre", keep=0.5), pytest.raises(UnsupportedError, match="2-D attention mask"):
+        model(**inputs)
+
+
+def test_threads_do_not_mix() -> None:
+    model = built("llava")
+    batches = [FAMILIES["llava"].inputs(model, kind) for kind in ("single", "mixed")]
+    with mmcompress.wrap(model, "todre", keep=0.4):
+        expected = [greedy(model, batch) for batch in batches]
+        answers: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+        def work(number: int) -> None:
+            for _ in range(5):
+                answers[number].append(greedy(model, batches[number]))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in answers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, wanted in enumerate(expected):
+        assert len(answers[number]) == 5
+        assert all(torch.equal(answer, wanted) for answer in answers[number])
+
+
+def test_stats_say_what_was_saved() -> None:
+    model = built("llava")
+    inputs = FAMILIES["llava"].inputs(model, "mixed")
+    with mmcompress.wrap(model, "uniform", keep=4) as handle:
+        greedy(model, inputs)
+        stats = handle.stats
+    assert (stats.tokens, stats.kept) == (48, 12)
+    assert stats.tokens_per_layer == [4.0] * 4
+    assert stats.kv_bytes < stats.kv_bytes_full
+    assert stats.prefill_flops < stats.prefill_flops_full
+    assert all(value > 0 for value in vars(stats.seconds).values())
+    assert "12 of 48 visual tokens" in str(stats)
+
+
+def test_vision_is_encoded_once_under_reuse() -> None:
+    model = FAMILIES["llava"].build("sdpa")
+    inputs = FAMILIES["llava"].inputs(model, "images")
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+    with mmcompress.wrap(model, "vtc-cls", keep=0.5) as handle:
+        fresh = greedy(model, inputs)
+        assert len(calls) == 1
+        with handle.reuse_vision():
+            answers = [greedy(model, inputs) for _ in range(3)]
+            assert len(calls) == 2
+            changed = inputs | {"pixel_values": inputs["pixel_values"] + 1}
+            greedy(model, changed)
+            assert len(calls) == 3
+        greedy(model, inputs)
+        assert len(calls) == 4
+    assert all(torch.equal(answer, fresh) for answer in answers)
+
+
+def test_items_are_counted_where_they_are() -> None:
+    for name in FAMILIES:
+        model = FAMILIES[name].build("sdpa")
+        inputs = FAMILIES[name].inputs(model, "mixed")
+        expected = reference_items(model, name, inputs)
+        with mmcompress.wrap(model, "uniform", keep=0.5) as handle:
+            greedy(model, inputs)
+            counted = [(item.row, item.tokens, item.separators) for item in handle.stats.items]
+        assert counted == [(item.row, len(item.item), len(item.separators)) for item in expected]
