@@ -13,6 +13,7 @@ from hf.families import FAMILIES
 from hf.oracle import reference_items
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import nn
 
 import mmcompress
@@ -273,7 +274,10 @@ def test_nan_features_name_the_image() -> None:
         greedy(model, inputs)
 
 
-def test_an_image_cut_by_chunked_prefill_is_refused() -> None:
+def test_an_image_cut_by_chunked_prefill_is_refused(request: pytest.FixtureRequest) -> None:
+    if Version(transformers.__version__) < Version("5.20"):
+        reason = "transformers < 5.20 forgets the images of a prompt when it prefills in chunks"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     model = built("llava")
     inputs = FAMILIES["llava"].inputs(model, "single")
     with mmcompress.wrap(model, "todre", keep=0.5), pytest.raises(UnsupportedError, match="one piece"):
