@@ -40,4 +40,4 @@ def spread(tensor: Tensor, keep: Tensor, index: Tensor) -> Tensor:
     padding = (index < 0).sum(dim=1, keepdim=True)
     leading = torch.where(index[:, :1] < 0, padding, 0)
     rows = torch.arange(index.shape[0], device=index.device)[:, None]
-    return tensor[rows, leading + before]
+    return tensor[rows, (leading + before).clamp(max=index.shape[1] - 1)]

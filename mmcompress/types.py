@@ -50,7 +50,7 @@ class Needs:
         key_metric: keys averaged over heads.
         features: encoder output before the projector.
         text: embeddings of the prompt's text tokens.
-        embeddings: whether the token embeddings are read for scoring (and so must be finite).
+        embeddings: whether the token embeddings are read to score or merge tokens (and so must be finite).
     """
 
     cls_rows: tuple[int, ...] = ()

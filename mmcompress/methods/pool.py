@@ -11,7 +11,7 @@ from torch import Tensor
 from mmcompress.budget import largest_remainder
 from mmcompress.method import VisualMethod
 from mmcompress.registry import register
-from mmcompress.types import Needs, Selection, VisualItem
+from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
 
 
 @register("pool", summary="Average pooling to the largest grid of the same aspect that fits.", family="pooling")
@@ -23,6 +23,10 @@ class Pool(VisualMethod):
     """
 
     exact_count: ClassVar[bool] = False
+
+    def needs(self, encoder: EncoderFacts) -> Needs:
+        """The embeddings, which are averaged."""
+        return Needs(embeddings=True)
 
     def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
         """Pool every plane of the item within its share of the budget."""

@@ -13,8 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
-torch.set_num_threads(1)  # the models are so small that threads only cost
-
 Kind = Literal["mixed", "images", "single", "video", "image_video"]
 Inputs = dict[str, Any]
 

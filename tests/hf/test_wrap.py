@@ -184,7 +184,7 @@ ACTIONS = st.lists(
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(actions=ACTIONS, spec=st.sampled_from(["todre", "vtc-cls(score=received)", "pool"]))
 def test_any_history_of_wrapping_ends_with_the_original(name: str, actions: list[str], spec: str) -> None:
     model, before, plain, compressed = _facts(name, spec)

@@ -1,0 +1,138 @@
+"""Every op against its ground truth, on awkward shapes."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmcompress import ops
+
+FOLDER = Path(__file__).parents[2] / "kernels"
+OPS = sorted(path.parent.name for path in FOLDER.glob("*/naive.py"))
+DTYPES = [torch.float32, torch.bfloat16]
+# batch, heads, kv_heads, queries, keys, dim
+ATTENTION_SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 6, 2, 3, 17, 5),
+    (1, 4, 1, 129, 31, 8),
+    (3, 5, 5, 7, 1, 3),
+    (1, 2, 2, 300, 13, 7),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """With deterministic algorithms on, torch fills what `torch.empty` returns with NaN or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def implementations(op: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """`(reference, naive)`."""
+    reference, naive = (importlib.import_module(f"mmcompress.kernels.{op}.{name}") for name in ("reference", "naive"))
+    return getattr(reference, op), getattr(naive, op)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_every_op_has_ground_truth_and_its_tests_here() -> None:
+    folders = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__")
+    assert folders == OPS == ["attention_colsum", "attention_rows", "greedy_select"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_is_the_door_to_every_op(op: str) -> None:
+    assert getattr(ops, op) is implementations(op)[0]
+
+
+@pytest.mark.parametrize("op", ["attention_rows", "attention_colsum"])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, heads, kv_heads, queries, keys, dim = shape
+    query, key = randn(batch, heads, queries, dim, dtype=dtype), randn(batch, kv_heads, keys, dim, seed=1, dtype=dtype)
+    reference, naive = implementations(op)
+    expected = naive(query, key, dim**-0.5)
+    assert not expected.isnan().any()
+    actual = reference(query, key, dim**-0.5)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64])
+def test_colsum_does_not_depend_on_the_block(block: int) -> None:
+    query, key = randn(2, 4, 9, 6), randn(2, 2, 11, 6, seed=1)
+    reference, naive = implementations("attention_colsum")
+    torch.testing.assert_close(reference(query, key, 0.4, block=block), naive(query, key, 0.4))
+
+
+def test_colsum_is_the_sum_of_rows() -> None:
+    query, key = randn(2, 4, 9, 6), randn(2, 2, 11, 6, seed=1)
+    rows = ops.attention_rows(query, key, 0.4)
+    torch.testing.assert_close(rows.sum(dim=-1), torch.ones(2, 4, 9))
+    torch.testing.assert_close(ops.attention_colsum(query, key, 0.4), rows.sum(dim=(1, 2)))
+
+
+def test_attention_of_large_logits_is_finite() -> None:
+    query = randn(1, 2, 3, 4) * 1e4
+    for op in ("attention_rows", "attention_colsum"):
+        reference, naive = implementations(op)
+        assert reference(query, query, 1.0).isfinite().all()
+        torch.testing.assert_close(reference(query, query, 1.0), naive(query, query, 1.0))
+
+
+@pytest.mark.parametrize("objective", ["max-sum", "k-center"])
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (17, 5), (53, 32)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy_select(objective: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    reference, naive = implementations("greedy_select")
+    tokens = randn(*shape, seed=sum(shape), dtype=dtype)
+    for count, pivot in itertools.product({1, (len(tokens) + 1) // 2, len(tokens)}, {0, len(tokens) - 1}):
+        order = reference(tokens, count, pivot, objective)
+        assert order.dtype == torch.long
+        assert order[0] == pivot
+        assert order.tolist() == naive(tokens, count, pivot, objective).tolist()
+        assert len(set(order.tolist())) == count
+        assert order.tolist() == reference(tokens, count, torch.tensor(pivot), objective).tolist()
+
+
+@pytest.mark.parametrize("objective", ["max-sum", "k-center"])
+def test_greedy_select_gives_ties_to_the_lower_index(objective: str) -> None:
+    # Signed unit vectors have exact cosines, so every tie is a true one.
+    tokens = torch.eye(4)[[0, 1, 0, 2, 1, 3, 0, 2]] * torch.tensor([1, 1, -1, 1, 1, 1, -1, -1])[:, None]
+    reference, naive = implementations("greedy_select")
+    for pivot in range(len(tokens)):
+        order = reference(tokens, len(tokens), pivot, objective).tolist()
+        assert order == naive(tokens, len(tokens), pivot, objective).tolist()
+        assert sorted(order) == list(range(len(tokens)))
+    assert reference(torch.ones(5, 3), 4, 2, objective).tolist() == [2, 0, 1, 3]
+
+
+def test_the_objectives_differ() -> None:
+    # After 0 and 165 degrees: 200 is far from the pivot and so has the lower sum, 90 is far from its nearest.
+    angles = torch.deg2rad(torch.tensor([0.0, 165.0, 90.0, 200.0]))
+    tokens = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert ops.greedy_select(tokens, 3, 0, "max-sum").tolist() == [0, 1, 3]
+    assert ops.greedy_select(tokens, 3, 0, "k-center").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("op", ["attention_rows", "attention_colsum", "greedy_select"])
+def test_inputs_are_left_alone(op: str) -> None:
+    arguments: list[Any] = [randn(1, 4, 3, 2), randn(1, 2, 5, 2), 1.0]
+    if op == "greedy_select":
+        arguments = [randn(9, 4), 5, 2, "max-sum"]
+    before = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+    implementations(op)[0](*arguments)
+    for old, new in zip(before, arguments, strict=True):
+        assert torch.equal(old, new) if isinstance(old, Tensor) else old == new
