@@ -30,9 +30,6 @@ if typing.TYPE_CHECKING:
 EMBEDDED = "micro"
 """The model name that stands for the one inside the package."""
 
-PLUGINS = "mmcompress.methods"
-"""Entry-point group of third-party methods."""
-
 
 class _Commands(TyperGroup):
     """Commands whose user errors become one red line and exit code 2."""
@@ -44,6 +41,9 @@ class _Commands(TyperGroup):
             raise
         except (MMCompressError, OSError) as error:
             _complain("error", str(error))
+            raise typer.Exit(2) from error
+        except ImportError as error:
+            _complain("error", f"{error}; mmcompress doctor says what is missing")
             raise typer.Exit(2) from error
 
 
@@ -112,7 +112,7 @@ def list_methods() -> None:
     """
     from mmcompress.registry import METHODS
 
-    plugins = {entry.name: entry.value for entry in metadata.entry_points(group=PLUGINS)}
+    plugins = METHODS.plugins()
     table = Table("method", "family", "stage", "summary", "paper")
     for name in METHODS.names():
         if name in plugins:
@@ -284,7 +284,6 @@ def doctor() -> None:
 
     Try: mmcompress doctor
     """
-    _quieten()
     console = Console()
     problems: list[str] = []
 
@@ -461,8 +460,7 @@ def _self_test() -> str:
     from mmcompress.evals.runner import evaluate
     from mmcompress.registry import METHODS
 
-    plugins = metadata.entry_points(group=PLUGINS).names
-    names = [name for name in METHODS.names() if name not in plugins]
+    names = [name for name in METHODS.names() if name not in METHODS.plugins()]
     model, processor = _load(EMBEDDED)
     evaluate(model, processor, load_microvqa(1), MICROVQA_PATH, [(name, 0.5) for name in names])
     return f"{', '.join(names)}: each answered a question with the embedded model"

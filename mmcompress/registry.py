@@ -72,6 +72,10 @@ class Registry:
         """All names, sorted; nothing is imported."""
         return sorted({*self._builtin, *self._entry_points, *self._classes})
 
+    def plugins(self) -> dict[str, str]:
+        """Third-party names and where their code is; nothing is imported."""
+        return {name: entry.value for name, entry in self._entry_points.items()}
+
     def register(self, name: str, **card: Any) -> Callable[[T], T]:
         """Class decorator: make a class known under `name`, with its `MethodInfo` fields."""
 

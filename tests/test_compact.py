@@ -78,3 +78,10 @@ def test_keeping_all_changes_nothing(pad_left: bool) -> None:
     assert torch.equal(index, torch.arange(5).expand(2, 5))
     assert torch.equal(take(tensor, index), tensor)
     assert torch.equal(spread(tensor, keep, index), tensor)
+
+
+def test_a_row_that_keeps_nothing_does_no_harm() -> None:
+    keep = torch.tensor([[False, False, False], [True, False, True]])
+    index = ragged_index(keep, pad_left=True)
+    assert index.tolist() == [[-1, -1], [0, 2]]
+    assert spread(torch.ones(2, 2, 1), keep, index).shape == (2, 3, 1)

@@ -269,7 +269,7 @@ class Door:
                     tiles=layout.tiles.to(embeds.device),
                     modality=modality,
                     label=f"{modality} {number} (row {row})",
-                    features=values.get(FEATURES),
+                    features=values[FEATURES].to(embeds.device) if FEATURES in values else None,
                     text=embeds.detach()[row, current[row] & ~any_visual[row]] if self._needs.text else None,
                     **_by_layer(values, embeds.device),
                 )

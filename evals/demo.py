@@ -1,0 +1,150 @@
+"""The offline demonstration: five methods at four budgets on the embedded model, as one table and one picture."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import mmcompress
+from mmcompress.evals import report
+from mmcompress.evals.micro import MICROVQA_PATH, MODEL_PATH, Question, load_microvqa, prompt
+from mmcompress.evals.overlay import original, overlay, side_by_side
+from mmcompress.evals.runner import Result, Run, evaluate, open_image
+from mmcompress.evals.statistics import clustered_mean
+
+METHODS = ("random", "uniform", "pool", "vtc-cls", "todre")
+KEEPS = (0.5, 0.25, 0.1, 0.05)
+RUNS: tuple[Run, ...] = ((None, 1.0), *((method, keep) for keep in KEEPS for method in METHODS))
+PICTURED_KEEP = 0.1
+BATCH_SIZE = 64
+
+
+def load_micro() -> tuple[Any, Any]:
+    """The embedded model in float32 on the CPU, and its processor."""
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(MODEL_PATH, dtype=torch.float32)
+    return model.eval(), transformers.AutoProcessor.from_pretrained(MODEL_PATH)
+
+
+def demo(out: Path, limit: int | None = None, threads: int = 1, console: Console | None = None) -> None:
+    """Evaluate `RUNS`, print the table, and write `table.md`, `results.json` and `overlay.png` to `out`.
+
+    Args:
+        out: a directory, made if missing.
+        limit: only the first questions.
+        threads: CPU threads for torch; more than are idle make so small a model many times slower.
+        console: where to print.
+
+    Raises:
+        SpecError: `limit` is not positive.
+        OSError: `out` cannot be written to.
+    """
+    console = console or Console()
+    questions = load_microvqa(limit)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(threads)
+    model, processor = load_micro()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("answering", total=len(questions) * len(RUNS))
+        results = evaluate(
+            model,
+            processor,
+            questions,
+            MICROVQA_PATH,
+            RUNS,
+            batch_size=BATCH_SIZE,
+            progress=lambda answered: progress.advance(task, answered),
+        )
+    console.print(report.table(results, questions), width=report.WIDTH, crop=False, no_wrap=True, overflow="ignore")
+
+    facts = environment()
+    written = {name: out / name for name in ("table.md", "results.json", "overlay.png")}
+    measured = ", ".join(f"{name} {value}" for name, value in facts.items())
+    written["table.md"].write_text(f"{report.markdown(results, questions)}- {measured}\n", encoding="utf-8")
+    record = {"environment": facts, "batch_size": BATCH_SIZE, **as_record(results, questions)}
+    written["results.json"].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    picture(model, processor, questions, results).save(written["overlay.png"])
+    for path in written.values():
+        console.print(f"wrote {path}", highlight=False)
+
+
+def picture(model: Any, processor: Any, questions: Sequence[Question], results: Sequence[Result]) -> Image.Image:
+    """What every method keeps of one test picture, with the answer it led to."""
+    asked_at = _telling_question(questions, results)
+    asked = questions[asked_at]
+    image = open_image(MICROVQA_PATH / asked.image)
+    inputs = processor(images=image, text=prompt(asked.question), return_tensors="pt")
+    panels = []
+    for result in results:
+        answer = f"answer: {result.answers[asked_at].text}"
+        if result.method is None:
+            panels.append(original(image, f"unpruned\n{answer}"))
+        elif result.keep == PICTURED_KEEP:
+            with mmcompress.wrap(model, result.method, keep=result.keep) as handle, torch.inference_mode():
+                model(**inputs)
+                (trace,) = handle.trace
+            panels.append(overlay(image, trace.grids, trace.selection, result.method, answer))
+    return side_by_side(panels, columns=3, title=f"{asked.question}  right answer: {asked.answer}")
+
+
+def as_record(results: Sequence[Result], questions: Sequence[Question]) -> dict[str, Any]:
+    """Questions once, and per run its numbers and the answer to every question, in the same order."""
+    images = [asked.image for asked in questions]
+    runs = []
+    for result in results:
+        accuracy = clustered_mean(report.scores(result), images)
+        runs.append(
+            {
+                "method": result.method,
+                "keep": result.keep,
+                "accuracy": accuracy.value,
+                "standard_error": accuracy.error,
+                "cost": asdict(result.cost),
+                "answers": [answer.text for answer in result.answers],
+            }
+        )
+    return {"questions": [asdict(asked) for asked in questions], "runs": runs}
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    return {
+        "mmcompress": mmcompress.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(["mmcompress", *sys.argv[1:]]),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _telling_question(questions: Sequence[Question], results: Sequence[Result]) -> int:
+    """The first question the unpruned model gets right and on which the pictured runs differ most evenly."""
+    pictured = [result.answers for result in results if result.keep == PICTURED_KEEP]
+    unpruned = next(result.answers for result in results if result.method is None)
+
+    def balance(number: int) -> tuple[bool, float]:
+        right = sum(answers[number].correct for answers in pictured)
+        return (unpruned[number].correct, -abs(right - len(pictured) / 2))
+
+    return max(range(len(questions)), key=balance)

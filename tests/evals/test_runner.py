@@ -1,0 +1,186 @@
+"""The runner answers as the plain model does, counts what it spends, and leaves no trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mmcompress
+from mmcompress.errors import InputError, SpecError
+from mmcompress.evals import report
+from mmcompress.evals.demo import load_micro
+from mmcompress.evals.micro import MICROVQA_PATH, Question, load_microvqa, prompt
+from mmcompress.evals.runner import UNPRUNED, Answer, Result, Run, evaluate, open_image
+from mmcompress.evals.statistics import paired_difference
+
+QUESTIONS = load_microvqa(30)
+
+
+@pytest.fixture(scope="module")
+def micro() -> tuple[Any, Any]:
+    return load_micro()
+
+
+def answers(micro: tuple[Any, Any], runs: list[Run], questions: list[Question], **options: Any) -> list[list[str]]:
+    results = evaluate(*micro, questions, MICROVQA_PATH, runs, **options)
+    return [[answer.text for answer in result.answers] for result in results]
+
+
+def test_unpruned_is_the_plain_model(micro: tuple[Any, Any]) -> None:
+    model, processor = micro
+    plain = []
+    for asked in QUESTIONS:
+        inputs = processor(
+            images=open_image(MICROVQA_PATH / asked.image), text=prompt(asked.question), return_tensors="pt"
+        )
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        plain.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert answers(micro, [(None, 1.0)], QUESTIONS) == [plain]
+
+
+def test_unpruned_logits_are_the_plain_model_s(micro: tuple[Any, Any]) -> None:
+    model, processor = micro
+    batch = QUESTIONS[:5]
+    inputs = processor(
+        images=[[open_image(MICROVQA_PATH / asked.image)] for asked in batch],
+        text=[prompt(asked.question) for asked in batch],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    real = inputs["attention_mask"].bool()
+    assert not real.all()  # the rows differ in length
+    method, keep = UNPRUNED
+    with torch.inference_mode():
+        plain = model(**inputs).logits
+        with mmcompress.wrap(model, method, keep=keep):
+            wrapped = model(**inputs).logits
+    assert torch.equal(plain[real], wrapped[real])
+
+
+def test_an_answer_does_not_depend_on_its_batch(micro: tuple[Any, Any]) -> None:
+    runs: list[Run] = [("todre", 0.1), ("random", 0.25), ("pool", 9), ("vtc-cls", 0.05), (None, 1.0)]
+    together = answers(micro, runs, QUESTIONS)
+    assert together == answers(micro, runs, QUESTIONS, batch_size=7)
+    assert together == answers(micro, runs, QUESTIONS, batch_size=1)
+
+
+def test_an_answer_does_not_depend_on_other_runs(micro: tuple[Any, Any]) -> None:
+    runs: list[Run] = [("vtc-cls", 0.05), ("todre", 0.25), (None, 1.0), ("vtc-cls", 0.5), ("uniform", 0.1)]
+    alone = [answers(micro, [run], QUESTIONS)[0] for run in runs]
+    assert answers(micro, runs, QUESTIONS) == alone
+
+
+def test_costs_follow_from_what_was_kept(micro: tuple[Any, Any]) -> None:
+    told: list[int] = []
+    runs: list[Run] = [(None, 1.0), ("uniform", 0.25), ("uniform", 14), ("todre", 0.25)]
+    results = evaluate(*micro, QUESTIONS, MICROVQA_PATH, runs, batch_size=8, progress=told.append)
+    assert sum(told) == len(runs) * len(QUESTIONS)
+    assert [(result.method, result.keep) for result in results] == runs
+    assert [result.cost.kept for result in results] == [144, 36, 14, 36]
+    model, processor = micro
+    config = model.config.text_config
+    words = [len(processor.tokenizer(prompt(asked.question))["input_ids"]) - 1 for asked in QUESTIONS]
+    for result in results:
+        cost = result.cost
+        assert cost.tokens == 144 and cost.tokens_per_layer == cost.kept
+        kept = cost.kept + sum(words) / len(words)
+        per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        assert cost.kv_bytes == pytest.approx(kept * per_token)
+        assert min(vars(cost.seconds).values()) > 0
+    flops = [result.cost.prefill_flops for result in results]
+    assert flops[0] > 3 * flops[1] > 3 * flops[2] and flops[1] == flops[3]
+    # Encoded once for the three runs of one method, but booked on each.
+    assert len({result.cost.seconds.encoder for result in results[:3]}) == 1
+
+
+def test_the_model_is_left_as_it_was(micro: tuple[Any, Any]) -> None:
+    model, _ = micro
+    evaluate(*micro, QUESTIONS[:2], MICROVQA_PATH, [("todre", 0.1)])
+    mmcompress.wrap(model, "todre", keep=0.1).unwrap()
+    with pytest.raises(SpecError, match="nope"):
+        evaluate(*micro, QUESTIONS[:2], MICROVQA_PATH, [("todre", 0.1), ("nope", 0.1)])
+    with pytest.raises(SpecError, match="out of range"):
+        evaluate(*micro, QUESTIONS[:2], MICROVQA_PATH, [("todre", 0.1), ("todre", 2.0)])
+    mmcompress.wrap(model, "todre", keep=0.1).unwrap()
+
+
+def test_bad_input_is_named(micro: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="at least one question"):
+        evaluate(*micro, [], MICROVQA_PATH, [(None, 1.0)])
+    with pytest.raises(SpecError, match="batch_size"):
+        evaluate(*micro, QUESTIONS, MICROVQA_PATH, [(None, 1.0)], batch_size=0)
+    with pytest.raises(InputError, match=r"none\.png does not exist"):
+        evaluate(*micro, [replace(QUESTIONS[0], image="none.png")], tmp_path, [(None, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "text", "correct", "valid"),
+    [
+        ("exist", "yes", " Yes ", True, True),
+        ("exist", "yes", "no", False, True),
+        ("spatial", "no", "left", False, False),
+        ("attribute", "red", "green", False, True),
+        ("attribute", "star", "star", True, True),
+        ("attribute", "star", "star star", False, False),
+        ("count", "2", "2", True, True),
+        ("count", "2", "", False, False),
+        ("read", "2 0", "2 0", True, True),
+        ("read", "2 0", "2 0 0", False, True),
+        ("read", "2 0", "2 red", False, False),
+        ("choice", "A", "a", True, True),
+        ("choice", "A", "red", False, False),
+    ],
+)
+def test_grading(kind: str, right: str, text: str, correct: bool, valid: bool) -> None:
+    graded = Answer.grade(text, Question(0, "", "", right, kind))
+    assert (graded.text, graded.correct, graded.valid) == (text.strip(), correct, valid)
+
+
+def test_an_unknown_type_of_question_is_refused() -> None:
+    with pytest.raises(SpecError, match="exist"):
+        Answer.grade("yes", Question(0, "", "", "yes", "exists"))
+
+
+def test_the_report_compares_with_random_and_the_unpruned_model(micro: tuple[Any, Any]) -> None:
+    runs: list[Run] = [(None, 1.0), ("random", 0.25), ("todre", 0.25), ("todre", 0.1), ("random", 14)]
+    results = evaluate(*micro, QUESTIONS, MICROVQA_PATH, runs)
+    rows = [
+        dict(zip((name for name, _ in report.COLUMNS), row, strict=True)) for row in report.rows(results, QUESTIONS)
+    ]
+    assert [row["method"] for row in rows] == ["unpruned", "random", "todre", "todre", "random"]
+    assert [row["keep"] for row in rows] == ["100%", "25%", "25%", "10%", "14"]
+    assert rows[0]["retained"] == "100.0"
+    right = [sum(report.scores(result)) for result in results]
+    assert rows[2]["accuracy"].startswith(f"{100 * right[2] / len(QUESTIONS):.1f} ±")
+    assert rows[2]["vs random"].startswith(f"{100 * (right[2] - right[1]) / len(QUESTIONS):+.1f} ±")
+    assert rows[2]["retained"] == f"{100 * right[2] / right[0]:.1f}"
+    assert [row["vs random"] for number, row in enumerate(rows) if number != 2] == [""] * 4
+    other = [
+        answer.correct for answer, asked in zip(results[1].answers, QUESTIONS, strict=True) if asked.type != "spatial"
+    ]
+    assert rows[1]["without"] == f"{100 * sum(other) / len(other):.1f}"
+
+    lines = report.markdown(results, QUESTIONS).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(runs)
+    assert {line.count("|") for line in table} == {len(report.COLUMNS) + 1}
+    assert report.table(results, QUESTIONS).row_count == len(runs)
+
+
+@pytest.mark.slow
+def test_methods_beat_random_on_the_whole_split(micro: tuple[Any, Any]) -> None:
+    questions = load_microvqa()
+    runs: list[Run] = [("random", 0.25), ("todre", 0.25), ("vtc-cls", 0.25)]
+    random, *better = evaluate(*micro, questions, MICROVQA_PATH, runs)
+    images = [asked.image for asked in questions]
+
+    def advantage(result: Result) -> float:
+        difference = paired_difference(report.scores(result), report.scores(random), images)
+        return difference.value - 3 * difference.error
+
+    assert all(advantage(result) > 0 for result in better)
