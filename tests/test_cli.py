@@ -85,8 +85,7 @@ def test_list_shows_every_method() -> None:
 
 
 def test_list_does_not_import_third_party_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = metadata.EntryPoint("fancy", "nowhere.to.be.found:Fancy", cli.PLUGINS)
-    monkeypatch.setattr(metadata, "entry_points", lambda **_: metadata.EntryPoints([entry]))
+    monkeypatch.setattr(METHODS, "plugins", lambda: {"fancy": "nowhere.to.be.found:Fancy"})
     monkeypatch.setattr(METHODS, "names", lambda: ["fancy", "todre"])
     text = succeed("list")
     assert "third-party" in text and "nowhere.to.be.found:Fancy" in text and "todre" in text
