@@ -480,14 +480,16 @@ def recompute(
     positions: Positions,
     steps: int,
 ) -> Recomputed:
-    """Greedy decoding of every row by itself, each step from scratch."""
+    """Greedy decoding of every row by itself, each step from scratch; never ends early, as under `min_new_tokens`."""
     tokens, logits = [], []
     for row, _ in _compressed(model, family_name, inputs, items, selections, positions):
         chosen: list[int] = []
         steps_logits = []
         for _ in range(steps):
             steps_logits.append(_row_logits(model, row, chosen)[-1])
-            chosen.append(int(steps_logits[-1].argmax()))
+            candidates = steps_logits[-1].clone()
+            candidates[model.generation_config.eos_token_id] = -torch.inf
+            chosen.append(int(candidates.argmax()))
         tokens.append(chosen)
         logits.append(torch.stack(steps_logits))
     return Recomputed(tokens, torch.stack(logits))
