@@ -213,7 +213,7 @@ def test_no_cases_are_a_failure(tmp_path: Path) -> None:
 def test_an_unknown_method_is_an_error() -> None:
     status, output = command("--method", "vtc_clss")
     assert status == 4
-    assert "vtc_clss: no such method has cases; available: statistics, todre, vtc-cls" in output
+    assert "vtc_clss: no such method has cases; available: capture-clip, todre, vtc-cls" in output
 
 
 def test_methods_restrict_a_run(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_methods_restrict_a_run(tmp_path: Path) -> None:
     assert choose(tmp_path, {"vtc-cls"}) == [case]
     assert choose(tmp_path, {"todre", "vtc-cls"}) == [other, case]
     assert len(choose(tmp_path, set())) == 3
-    assert choose(tmp_path, {"statistics"}) == []
+    assert choose(tmp_path, {"capture-clip"}) == []
 
 
 @pytest.mark.parametrize("golden", sorted((ROOT / "tests/golden").glob("*.json")), ids=lambda path: path.stem)

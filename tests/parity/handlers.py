@@ -137,5 +137,5 @@ _SECOND_STAGE = "belongs to the stage inside the LLM, which is not part of this 
 HANDLERS: dict[str, Handler] = {
     "vtc_cls_": Handler("vtc-cls", vtc_cls),
     "todre_": Handler("todre", todre, unchecked={"out_alpha_t2v": _SECOND_STAGE, "out_alpha_v2t": _SECOND_STAGE}),
-    "capture_clip_": Handler("statistics", capture_clip),
+    "capture_clip_": Handler("capture-clip", capture_clip),
 }
