@@ -164,7 +164,8 @@ def evaluate(
                     generated = model.generate(**generate)[:, inputs["input_ids"].shape[1] :]
                     stats = handle.stats
                     assert stats is not None  # every prompt has an image
-                    encoder = stats.seconds.encoder or encoder
+                    if stats.reused < 1:
+                        encoder = stats.seconds.encoder / (1 - stats.reused)
                     spent[number].append(replace(stats, seconds=replace(stats.seconds, encoder=encoder)))
                     texts = processor.batch_decode(generated, skip_special_tokens=True)
                     said[number] += [Answer.grade(text, asked) for text, asked in zip(texts, batch, strict=True)]

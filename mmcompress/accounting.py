@@ -72,6 +72,7 @@ class Stats:
         row_tokens: prompt tokens per row without compression, padding excluded.
         row_kept: prompt tokens per row that entered the LLM.
         shape: the LLM's dimensions.
+        reused: the share of the encoder's work that was done before, so that `seconds.encoder` covers the rest.
         seconds: time by stage, decode steps included as they happen.
     """
 
@@ -79,6 +80,7 @@ class Stats:
     row_tokens: Sequence[int]
     row_kept: Sequence[int]
     shape: LLMShape
+    reused: float = 0.0
     seconds: StageSeconds = field(default_factory=StageSeconds)
 
     @property
@@ -104,7 +106,7 @@ class Stats:
 
     @property
     def prefill_flops(self) -> int:
-        """Analytic FLOPs of the LLM prefill, all rows."""
+        """Analytic FLOPs of the LLM prefill, all rows; attention to earlier turns is not counted."""
         return sum(self.shape.prefill_flops(tokens) for tokens in self.row_kept)
 
     @property
@@ -114,7 +116,7 @@ class Stats:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV cache after prefill, all rows, padding excluded."""
+        """Bytes the prefill added to the KV cache, all rows, padding excluded."""
         return sum(self.shape.kv_bytes(tokens) for tokens in self.row_kept)
 
     @property

@@ -49,13 +49,23 @@ class VisualMethod(ABC):
             _require_finite(items[i], needs)
         chosen = self.select_batch([items[i] for i in reducible], [budgets[i] for i in reducible], needs)
         for i, selection in zip(reducible, chosen, strict=True):
-            self._check_count(len(selection), budgets[i])
+            self._check(selection, len(items[i]), budgets[i])
             selections[i] = selection
         return selections
 
-    def _check_count(self, count: int, budget: int) -> None:
-        if count > budget or (self.exact_count and count != budget) or count == 0:
-            raise SpecError(f"method {self.info.name!r} returned {count} tokens for a budget of {budget}.")
+    def _check(self, selection: Selection, tokens: int, budget: int) -> None:
+        kept, anchor, weight = len(selection), selection.anchor, selection.weight
+        if not 0 < kept <= budget or (self.exact_count and kept != budget):
+            problem = f"{kept} tokens for a budget of {budget}"
+        elif anchor.dtype != torch.int64 or anchor.dim() != 1:
+            problem = f"anchors of type {anchor.dtype} and shape {list(anchor.shape)} instead of int64 [kept]"
+        elif len(anchor.unique()) != kept or not 0 <= int(anchor.min()) <= int(anchor.max()) < tokens:
+            problem = f"anchors that repeat or lie outside 0..{tokens - 1}"
+        elif weight is not None and weight.shape != (kept, tokens):
+            problem = f"weights of shape {list(weight.shape)} instead of {[kept, tokens]}"
+        else:
+            return
+        raise SpecError(f"method {self.info.name!r} returned {problem}.")
 
 
 def _require_finite(item: VisualItem, needs: Needs) -> None:

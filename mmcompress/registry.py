@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import re
 import types
 import typing
 import warnings
@@ -77,10 +78,20 @@ class Registry:
         return {name: entry.value for name, entry in self._entry_points.items()}
 
     def register(self, name: str, **card: Any) -> Callable[[T], T]:
-        """Class decorator: make a class known under `name`, with its `MethodInfo` fields."""
+        """Class decorator: make a dataclass known under `name`, with its `MethodInfo` fields.
+
+        Raises:
+            SpecError: the name is malformed or taken by another class, or the class is no dataclass.
+        """
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+            raise SpecError(f"{self.kind} {name!r}: a name is lower-case words joined by hyphens.")
 
         def decorate(cls: T) -> T:
-            if name in self._classes or self._builtin.get(name, cls.__module__) != cls.__module__:
+            if not dataclasses.is_dataclass(cls):
+                raise SpecError(f"{self.kind} {name!r}: put @dataclass(frozen=True) below @register on {cls.__name__}.")
+            known = self._classes.get(name, cls)
+            same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+            if not same or self._builtin.get(name, cls.__module__) != cls.__module__:
                 raise SpecError(f"{self.kind} {name!r} is registered twice.")
             cls.info = MethodInfo(name=name, **card)  # type: ignore[attr-defined]
             self._classes[name] = cls
@@ -99,7 +110,10 @@ class Registry:
                 importlib.import_module(self._builtin[name])
             elif name in self._entry_points:
                 entry = self._entry_points[name]
-                entry.load()
+                try:
+                    entry.load()
+                except Exception as error:  # third-party code fails in its own ways
+                    raise SpecError(f"{self.kind} {name!r}: {entry.value} cannot be loaded: {error}") from error
                 if name not in self._classes:
                     raise SpecError(f"{entry.value} was loaded, but registered no {self.kind} {name!r}.")
             else:

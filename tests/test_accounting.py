@@ -61,7 +61,7 @@ def test_shape_of_a_config_without_optional_entries() -> None:
 def test_stats_add_up_over_items_and_rows() -> None:
     shape = LLMShape(2, 8, 2, 1, 4, 16, 32, 2)
     items = [ItemStats(0, "image", 100, 25, 3), ItemStats(0, "image", 40, 10, 0), ItemStats(1, "video", 60, 15, 1)]
-    stats = Stats(items, [150, 70], [60, 25], shape, StageSeconds(encoder=1.5))
+    stats = Stats(items, [150, 70], [60, 25], shape, seconds=StageSeconds(encoder=1.5))
     assert (stats.tokens, stats.kept, stats.retained) == (200, 50, 0.25)
     assert stats.tokens_per_layer == [50 / 3] * 2
     assert stats.prefill_flops == shape.prefill_flops(60) + shape.prefill_flops(25)

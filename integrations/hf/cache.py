@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -50,18 +51,34 @@ class CacheState:
     mask: Tensor | None = None
     shift: Tensor | None = None
 
-    def expand(self, batch: int) -> None:
-        """Follow a cache whose rows were repeated (beams, several samples per prompt)."""
-        if self.mask is not None and self.mask.shape[0] != batch:
-            self.mask = self.mask.repeat_interleave(batch // self.mask.shape[0], dim=0)
-        if self.shift is not None and self.shift.shape[0] != batch:
-            self.shift = self.shift.repeat_interleave(batch // self.shift.shape[0], dim=0)
+    def take(self, rows: Tensor) -> None:
+        """Follow a cache whose rows became those numbered `rows`."""
+        self.mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
+        self.shift = None if self.shift is None else self.shift[rows.to(self.shift.device)]
 
 
 class PrunedCache(DynamicCache):
-    """A `DynamicCache` whose layers are `PrunedLayer`s; made from an existing cache by `adopt`."""
+    """A `DynamicCache` whose layers are `PrunedLayer`s; made from an existing cache by `adopt`.
+
+    Args:
+        state: what outlives a forward pass.
+        entered: whether a wrapped model is at work on the cache, with the masks and positions it needs.
+    """
 
     state: CacheState
+    entered: bool
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store keys and values of a layer.
+
+        Raises:
+            UnsupportedError: the model at work is not wrapped, so its masks and positions do not fit what is stored.
+        """
+        if not self.entered:
+            raise UnsupportedError(
+                "this cache holds a compressed prompt; go on with it on a wrapped model, or start a new cache."
+            )
+        return super().update(*args, **kwargs)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Tokens stored in layer `layer_idx`."""
@@ -71,6 +88,22 @@ class PrunedCache(DynamicCache):
         """Note that `tokens` were seen by every layer and stored by none."""
         for layer in self.layers:
             cast(PrunedLayer, layer).dropped += tokens
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Replace every row by that of its beam."""
+        super().reorder_cache(beam_idx)
+        self.state.take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row in place."""
+        super().batch_repeat_interleave(repeats)
+        if self.state.mask is not None:
+            self.state.take(torch.arange(len(self.state.mask)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows numbered `indices`."""
+        super().batch_select_indices(indices)
+        self.state.take(indices)
 
     def reset(self) -> None:
         """Forget all tokens and the state that went with them."""
@@ -100,4 +133,5 @@ def adopt(cache: Cache) -> PrunedCache:
     adopted: Any = cache
     adopted.__class__ = PrunedCache
     adopted.state = CacheState()
+    adopted.entered = False
     return adopted

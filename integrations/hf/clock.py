@@ -4,56 +4,63 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from mmcompress.accounting import StageSeconds
 
+_MANY = 256
 
-class StageClock:
-    """Adds up time per stage; on CUDA by events that are read only when somebody asks."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+class Span:
+    """A stretch of time on a device, from its creation to `stop`; on CUDA measured by events."""
 
-    def reset(self) -> None:
-        """Begin a new count."""
-        self._seconds.clear()
-        self._events.clear()
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._begin = self._mark()
+        self._end = self._begin
 
-    def start(self, device: torch.device) -> float | torch.cuda.Event:
-        """A mark to hand to `stop`."""
-        if device.type != "cuda":
+    def stop(self) -> Span:
+        """End the stretch."""
+        self._end = self._mark()
+        return self
+
+    def seconds(self) -> float:
+        """Its length; waits for the device if it has not got there."""
+        if not self._cuda:
+            return self._end - self._begin
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1000
+
+    def _mark(self) -> Any:
+        if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def stop(self, stage: str, mark: float | torch.cuda.Event) -> None:
-        """Book the time since `mark` on `stage`."""
-        if isinstance(mark, float):
-            self._seconds[stage] += time.perf_counter() - mark
-            return
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        self._events.append((stage, mark, end))
 
-    @contextmanager
-    def measure(self, stage: str, device: torch.device) -> Iterator[None]:
-        """Book the time spent inside on `stage`."""
-        mark = self.start(device)
-        yield
-        self.stop(stage, mark)
+class StageClock:
+    """Adds up the spans of one prefill and the decoding that follows it."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._spans: dict[str, list[Span]] = defaultdict(list)
+
+    def add(self, stage: str, *spans: Span) -> None:
+        """Book finished `spans` on `stage`."""
+        self._spans[stage] += spans
+        if len(self._spans[stage]) > _MANY:  # long generations must not pile up events
+            self._fold(stage)
 
     def read(self) -> StageSeconds:
-        """The seconds so far; waits for the device once if it was used. Selection happens inside the prefill."""
-        for stage, begin, end in self._events:
-            end.synchronize()
-            self._seconds[stage] += begin.elapsed_time(end) / 1000
-        self._events.clear()
+        """The seconds so far. Selection happens inside the prefill and is taken out of it."""
+        for stage in list(self._spans):
+            self._fold(stage)
         seconds = dict(self._seconds)
         seconds["prefill"] = seconds.get("prefill", 0.0) - seconds.get("selection", 0.0)
         return StageSeconds(**seconds)
+
+    def _fold(self, stage: str) -> None:
+        self._seconds[stage] += sum(span.seconds() for span in self._spans.pop(stage))

@@ -21,7 +21,7 @@ from mmcompress.budget import Budget
 from mmcompress.compact import ragged_index, spread, take
 from mmcompress.errors import InputError, UnsupportedError
 from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt
-from mmcompress.integrations.hf.clock import StageClock
+from mmcompress.integrations.hf.clock import Span, StageClock
 from mmcompress.integrations.hf.families import Family, Layout
 from mmcompress.integrations.hf.taps import FEATURES, Key
 from mmcompress.integrations.hf.vision import Encoded, Vision
@@ -52,22 +52,39 @@ class Call:
     """One pass of the text model on its way through the door.
 
     Args:
-        visual: `[batch, length]` placeholder masks by modality; empty where no features arrived.
-        mark: when it began.
         compressed: whether its masks and positions are ours.
+        visual: `[batch, length]` placeholder masks by modality; empty where no features arrived.
+        span: the time it takes.
         cache: the adopted cache.
         state: what `cache` is to remember once the pass has succeeded.
-        keep: `[batch, length]` which columns stayed.
-        index: `[batch, kept]` where they came from, -1 where padded.
+        removal: which columns stayed, if it removes any.
     """
 
-    visual: dict[Modality, Tensor] = field(default_factory=dict)
-    mark: Any = None
     compressed: bool = False
+    visual: dict[Modality, Tensor] = field(default_factory=dict)
+    span: Span | None = None
     cache: PrunedCache | None = None
-    state: CacheState | None = None
-    keep: Tensor | None = None
-    index: Tensor | None = None
+    state: CacheState = field(default_factory=CacheState)
+    removal: Removal | None = None
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a prefill took out.
+
+    Args:
+        keep: `[batch, length]` which columns stayed.
+        index: `[batch, kept]` where they came from, -1 where padded.
+        stats: what that saves.
+        trace: what became of every item.
+        clock: the time so far.
+    """
+
+    keep: Tensor
+    index: Tensor
+    stats: Stats
+    trace: list[Trace]
+    clock: StageClock
 
 
 class _Forward(threading.local):
@@ -87,13 +104,12 @@ class Door:
         self._needs = needs
         self._positions = positions
         self._decoder: Any = family.base.get_decoder()
-        self._shape = llm_shape(self._decoder)
         self._forward = _Forward()
         self.keep = keep
         self.clock = StageClock()
         self.stats: Stats | None = None
         self.trace: list[Trace] = []
-        self.vision = Vision(family, needs, self.clock)
+        self.vision = Vision(family, needs)
         base, decoder = family.base, self._decoder
         self._hooks = [
             base.register_forward_pre_hook(self._before_base, with_kwargs=True),
@@ -103,14 +119,23 @@ class Door:
             *(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in decoder.layers),
         ]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError("a wrapped model cannot be copied or pickled; unwrap it first.")
+
     def remove(self) -> None:
         """Take every hook off."""
         for hook in self._hooks:
             hook.remove()
         self.vision.remove()
 
+    @torch.compiler.disable
     def _before_base(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not _has_features(kwargs):
+        # A keyboard interrupt skips the hook after the pass: every pass begins by forgetting the last.
+        self._forward.visual, self._forward.call = {}, Call()
+        outputs = kwargs.get("mm_encoder_outputs") or {}
+        self.vision.begin(outputs)
+        # The token ids alone would not tell: a generated token may equal the placeholder.
+        if not outputs and all(kwargs.get(name) is None for name in FEATURE_INPUTS):
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         for modality, token in self._family.token_ids.items():
@@ -121,51 +146,55 @@ class Door:
                 placeholder = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
                 self._forward.visual[modality] = (embeds == placeholder).all(dim=-1)
 
+    @torch.compiler.disable
     def _after_base(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self._forward.visual.clear()
-        self._forward.call = Call()
-        if _has_features(kwargs):
-            self.vision.pending.clear()
+        if self._forward.call.cache is not None:
+            self._forward.call.cache.entered = False
+        self._forward.visual, self._forward.call = {}, Call()
+        self.vision.end()
 
+    @torch.compiler.disable
     def _before_decoder(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        embeds: Tensor = kwargs["inputs_embeds"]
-        call, cache = Call(self._forward.visual, self.clock.start(embeds.device)), kwargs.get("past_key_values")
-        self._forward.call = call
-        if not call.visual and not isinstance(cache, PrunedCache):
+        visual, cache = self._forward.visual, kwargs.get("past_key_values")
+        self._forward.call = Call()
+        if not visual and not isinstance(cache, PrunedCache):
             return None
         if cache is None and (module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
             cache = DynamicCache(config=module.config)
-        call.cache = None if cache is None else adopt(cache)
-        call.compressed = True
-        return args, self._compress(kwargs, call)
+        call = Call(compressed=True, visual=visual, span=Span(kwargs["inputs_embeds"].device))
+        if cache is not None:
+            call.cache = adopt(cache)
+            call.state = replace(call.cache.state)
+        kwargs = self._compress(kwargs, call)
+        if call.cache is not None:
+            call.cache.entered = True
+        self._forward.call = call
+        return args, kwargs
 
     def _compress(self, kwargs: dict[str, Any], call: Call) -> dict[str, Any]:
         embeds: Tensor = kwargs["inputs_embeds"]
         batch, length = embeds.shape[:2]
-        state = CacheState() if call.cache is None else replace(call.cache.state)
-        state.expand(batch)
+        state = call.state
         current, past = self._masks(kwargs.get("attention_mask"), state, call.cache, batch, length, embeds.device)
         positions = kwargs.get("position_ids")
         if positions is None:
             seen = 0 if call.cache is None else call.cache.get_seq_length()
             positions = torch.arange(seen, seen + length, device=embeds.device)[None]
         positions = positions.to(embeds.device).expand(*positions.shape[:-2], batch, length)
+        if state.shift is not None:
+            positions = positions - state.shift[:, None]
         kwargs = {**kwargs, "past_key_values": call.cache}
 
+        valid = current
         if call.visual:
-            with self.clock.measure("selection", embeds.device):
-                kwargs, valid, positions = self._remove_tokens(kwargs, call, state, current, positions)
-        else:
-            valid = current
-            positions = positions if state.shift is None else positions - state.shift[:, None]
+            kwargs, valid, positions = self._remove_tokens(kwargs, call, current, positions)
         if positions.dim() == 3 and positions.shape[0] == 4:  # row 0 of Qwen's ids only serves to detect packing
             positions = positions.clone()
             positions[0] = (valid.cumsum(dim=1) - 1).clamp(min=0) + past.shape[1]
 
         state.mask = torch.cat([past, valid], dim=1)
-        call.state = state
         # Without a cache, transformers takes gaps between kept positions for packed sequences unless given a mask.
         needs_mask = call.cache is None or not bool(state.mask.all())
         kwargs["attention_mask"] = state.mask.long() if needs_mask else None
@@ -193,10 +222,10 @@ class Door:
         return mask[:, -length:], past
 
     def _remove_tokens(
-        self, kwargs: dict[str, Any], call: Call, state: CacheState, current: Tensor, positions: Tensor
+        self, kwargs: dict[str, Any], call: Call, current: Tensor, positions: Tensor
     ) -> tuple[dict[str, Any], Tensor, Tensor]:
         embeds: Tensor = kwargs["inputs_embeds"]
-        length = embeds.shape[1]
+        length, span = embeds.shape[1], Span(embeds.device)
         placed = self._place(embeds, call.visual, current)
         selections = self._method.compress([entry.item for entry in placed], self.keep, self._needs)
 
@@ -225,9 +254,13 @@ class Door:
 
         kept_positions = _take_positions(positions, origin)
         if self._positions == "renumber":
-            kept_positions, state.shift = _renumber(positions, current, kept_positions, valid, state.shift)
-        call.keep, call.index = keep, index
-        self._account(placed, selections, current, keep)
+            kept_positions, shift = _renumber(positions, current, kept_positions, valid)
+            call.state.shift = shift if call.state.shift is None else call.state.shift + shift
+        clock = StageClock()
+        clock.add("encoder", *(span for encoded in self.vision.pending.values() for span in encoded.spans))
+        clock.add("selection", span.stop())
+        stats, trace = self._account(placed, selections, current, keep)
+        call.removal = Removal(keep, index, stats, trace, clock)
         return kwargs, valid, kept_positions
 
     def _merge(self, rows: Tensor, row_of: Tensor, placed: Sequence[Placed], selections: Sequence[Selection]) -> Tensor:
@@ -296,24 +329,23 @@ class Door:
 
     def _account(
         self, placed: Sequence[Placed], selections: Sequence[Selection], current: Tensor, keep: Tensor
-    ) -> None:
-        in_rows = sorted(
-            (
-                (row, entry, selection)
-                for entry, selection in zip(placed, selections, strict=True)
-                for row in entry.rows
-            ),
-            key=lambda triple: triple[0],
-        )
+    ) -> tuple[Stats, list[Trace]]:
+        in_rows = [
+            (row, entry, selection) for entry, selection in zip(placed, selections, strict=True) for row in entry.rows
+        ]
+        in_rows.sort(key=lambda triple: triple[0])
         items = [
             ItemStats(row, entry.item.modality, len(entry.item), len(selection), entry.separators)
             for row, entry, selection in in_rows
         ]
-        self.stats = Stats(items, current.sum(dim=1).tolist(), keep.sum(dim=1).tolist(), self._shape)
-        self.trace = [
+        trace = [
             Trace(row, entry.item.modality, entry.item.grids, selection, entry.positions)
             for row, entry, selection in in_rows
         ]
+        encoded = self.vision.pending.values()
+        reused = 1 - sum(part.fresh for part in encoded) / sum(len(part.layouts) for part in encoded)
+        tokens, kept = current.sum(dim=1).tolist(), keep.sum(dim=1).tolist()
+        return Stats(items, tokens, kept, llm_shape(self._decoder), reused), trace
 
     def _before_layer(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -321,24 +353,26 @@ class Door:
         # FlashAttention reads gaps in position ids as packed sequences; RoPE is already in position_embeddings.
         return (args, {**kwargs, "position_ids": None}) if self._forward.call.compressed else None
 
-    def _after_decoder(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    @torch.compiler.disable
+    def _after_decoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         call = self._forward.call
-        self.clock.stop("prefill" if call.visual else "decode", call.mark)
-        if not call.compressed:
+        if not call.compressed or call.span is None:
             return None
-        if call.cache is not None and call.state is not None:
+        if call.cache is not None:
             call.cache.state = call.state
-        if call.keep is not None and call.index is not None:
-            if call.cache is not None:
-                call.cache.drop(call.keep.shape[1] - call.index.shape[1])
-            hidden = output.last_hidden_state
-            output.last_hidden_state = spread(hidden, call.keep.to(hidden.device), call.index.to(hidden.device))
+        call.span.stop()
+        if call.removal is None:
+            if kwargs["inputs_embeds"].shape[1] == 1:
+                self.clock.add("decode", call.span)
+            return None
+        keep, index = call.removal.keep, call.removal.index
+        if call.cache is not None:
+            call.cache.drop(keep.shape[1] - index.shape[1])
+        self.stats, self.trace, self.clock = call.removal.stats, call.removal.trace, call.removal.clock
+        self.clock.add("prefill", call.span)
+        hidden = output.last_hidden_state
+        output.last_hidden_state = spread(hidden, keep.to(hidden.device), index.to(hidden.device))
         return output
-
-
-def _has_features(kwargs: dict[str, Any]) -> bool:
-    # The token ids alone would not tell: a generated token may equal the placeholder.
-    return bool(kwargs.get("mm_encoder_outputs")) or any(kwargs.get(name) is not None for name in FEATURE_INPUTS)
 
 
 def llm_shape(decoder: Any) -> LLMShape:
@@ -400,17 +434,12 @@ def _take_positions(positions: Tensor, index: Tensor) -> Tensor:
     return positions.gather(-1, index)
 
 
-def _renumber(
-    positions: Tensor, current: Tensor, kept: Tensor, valid: Tensor, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Contiguous ids for the kept tokens, and by how much all later ids must be moved back.
-
-    Counting goes on where the previous turn's renumbered ids ended.
-    """
+def _renumber(positions: Tensor, current: Tensor, kept: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous ids for the kept tokens, and `[batch]` by how much all later ids must be moved back."""
     text = positions[-3:] if positions.dim() == 3 else positions[None]
     limit = torch.iinfo(text.dtype)
     first = text.masked_fill(~current, limit.max).amin(dim=(0, 2))
     last = text.masked_fill(~current, limit.min).amax(dim=(0, 2))
-    start = first if shift is None else first - shift
-    renumbered = start[:, None] + (valid.cumsum(dim=1) - 1).clamp(min=0)
-    return renumbered.expand_as(kept), last - renumbered.amax(dim=1)
+    renumbered = first[:, None] + (valid.cumsum(dim=1) - 1).clamp(min=0)
+    shift = last - renumbered.amax(dim=1)
+    return renumbered.expand_as(kept), shift.masked_fill(~current.any(dim=1), 0)

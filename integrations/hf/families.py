@@ -27,20 +27,18 @@ class Layout:
         separator: `[placeholders]` bool; newline tokens, which are never candidates.
         grids: `(rows, columns)` per plane of the other tokens, in sequence order.
         tiles: `[candidates]` encoder tile of each candidate, 0 for the thumbnail.
-        modality: "image" or "video".
     """
 
     separator: Tensor
     grids: tuple[Grid, ...]
     tiles: Tensor
-    modality: Modality
 
     @classmethod
-    def of_planes(cls, grids: Sequence[Grid], modality: Modality, device: torch.device) -> Layout:
+    def of_planes(cls, grids: Sequence[Grid], device: torch.device) -> Layout:
         """An item without separators, one tile per plane."""
         sizes = torch.tensor([rows * columns for rows, columns in grids], device=device)
         tiles = torch.arange(len(grids), device=device).repeat_interleave(sizes)
-        return cls(torch.zeros(len(tiles), dtype=torch.bool, device=device), tuple(grids), tiles, modality)
+        return cls(torch.zeros(len(tiles), dtype=torch.bool, device=device), tuple(grids), tiles)
 
 
 class Family(ABC):
@@ -100,6 +98,10 @@ class Family(ABC):
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
         """One layout per encoded item; `rows` `[placeholders, dim]` are all features, `call` names the arguments."""
 
+    def parts(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The encoder call cut into calls for single items, where that is simple; else the call itself."""
+        return [dict(call)]
+
     @abstractmethod
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
         """Values per patch `[batch, tokens, channels]` -> per token `[placeholders, channels]`, NaN at separators."""
@@ -146,9 +148,14 @@ class Llava(_TiledEncoder):
         states = len(self.blocks) + 1
         return max(layer % states for layer in ([chosen] if isinstance(chosen, int) else chosen))
 
+    def parts(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        by_image = [name for name in ("pixel_values", "image_sizes") if call.get(name) is not None]
+        images = range(len(call["pixel_values"]))
+        return [{**call, **{name: call[name][image : image + 1] for name in by_image}} for image in images]
+
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
         grid = (self.patches_per_side, self.patches_per_side)
-        return [Layout.of_planes([grid], modality, rows.device) for _ in range(len(rows) // (grid[0] * grid[1]))]
+        return [Layout.of_planes([grid], rows.device) for _ in range(len(rows) // (grid[0] * grid[1]))]
 
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
         return self._patches(chunks).flatten(0, 1)
@@ -164,14 +171,14 @@ class LlavaNext(Llava):
         for (_, crop_columns), values in zip(self._crop_grids(call), packed, strict=True):
             separator = values[:, 0].isnan()
             crops = values[side * side :]
-            row_count = int(separator[side * side :].sum())
-            grids = [(side, side)]
-            if crop_columns:
-                grids.append((row_count, len(crops) // row_count - 1))
             inside = crops[~crops[:, 0].isnan()]
+            grids = [(side, side)]
+            if len(inside):  # un-padding leaves nothing of very wide or tall images
+                rows_left = len(crops) - len(inside)
+                grids.append((rows_left, len(inside) // rows_left))
             crop = 1 + (inside[:, 0] // side) * crop_columns + inside[:, 1] // side
             tiles = torch.cat([crop.new_zeros(side * side), crop]).long()
-            layouts.append(Layout(separator, tuple(grids), tiles, modality))
+            layouts.append(Layout(separator, tuple(grids), tiles))
         return layouts
 
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
@@ -209,14 +216,17 @@ class LlavaNext(Llava):
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision: AnyRes with resized packing, several images one tile each, and video pooled 2x2."""
 
+    def parts(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [dict(call)]  # whether an image is cropped depends on its neighbours
+
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
         if modality == "image":
             return super().layouts(modality, rows, call)
         videos, frames = _pixels(call).shape[:2]
         side = -(-self.patches_per_side // 2)
-        clip = Layout.of_planes([(side, side)] * frames, modality, rows.device)
+        clip = Layout.of_planes([(side, side)] * frames, rows.device)
         end = torch.ones(1, dtype=torch.bool, device=rows.device)
-        return [Layout(torch.cat([clip.separator, end]), clip.grids, clip.tiles, modality)] * videos
+        return [Layout(torch.cat([clip.separator, end]), clip.grids, clip.tiles)] * videos
 
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
         if modality == "image":
@@ -258,7 +268,7 @@ class QwenVL(Family):
 
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
         planes = [[(h // self.merge, w // self.merge)] * t for t, h, w in call[f"{modality}_grid_thw"].tolist()]
-        return [Layout.of_planes(grids, modality, rows.device) for grids in planes]
+        return [Layout.of_planes(grids, rows.device) for grids in planes]
 
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
         patches = torch.cat(chunks, dim=1)[0]
@@ -309,7 +319,7 @@ class InternVL(_TiledEncoder):
 
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
         side = int(self.patches_per_side * self.config.downsample_ratio)
-        return [Layout.of_planes([(side, side)], modality, rows.device) for _ in range(len(rows) // side**2)]
+        return [Layout.of_planes([(side, side)], rows.device) for _ in range(len(rows) // side**2)]
 
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
         values = self._patches(chunks)
@@ -328,7 +338,7 @@ class SmolVLM(_TiledEncoder):
 
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
         side = self.patches_per_side // self.config.scale_factor
-        return [Layout.of_planes([(side, side)], modality, rows.device) for _ in range(len(rows) // side**2)]
+        return [Layout.of_planes([(side, side)], rows.device) for _ in range(len(rows) // side**2)]
 
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
         values = self._patches(chunks)

@@ -10,11 +10,12 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from mmcompress.accounting import Stats
 from mmcompress.budget import Budget
 from mmcompress.errors import SpecError, UnsupportedError
+from mmcompress.integrations.hf.cache import adopt
 from mmcompress.integrations.hf.door import Door
 from mmcompress.integrations.hf.families import FAMILIES, Family
 from mmcompress.method import VisualMethod
@@ -84,7 +85,7 @@ class Handle:
         return until()
 
     def reuse_vision(self) -> AbstractContextManager[None]:
-        """While open, encoder inputs seen before are not encoded again; for many questions about the same images."""
+        """While open, images seen before are not encoded again (without gradients); for many questions about few."""
         return self._active().vision.reuse()
 
     def unwrap(self) -> None:
@@ -168,11 +169,7 @@ def _family(model: Any) -> Family:
         problem = "is no vision-language model" if not hasattr(model.config, "vision_config") else "is not supported"
         raise UnsupportedError(f"{type(model).__name__} ({kind}) {problem}; supported families: {supported}.")
     family = FAMILIES[kind](model.base_model)
-    sliding = set(getattr(family.base.get_decoder().config, "layer_types", None) or ()) - {"full_attention"}
-    if sliding:
-        raise UnsupportedError(
-            f"{type(model).__name__} has {', '.join(sorted(sliding))} layers; only full attention is."
-        )
+    adopt(DynamicCache(config=family.base.get_decoder().config))  # refuses what cannot be compressed into
     return family
 
 

@@ -2,45 +2,78 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmcompress.integrations.hf.clock import StageClock
+from mmcompress.integrations.hf.clock import Span
 from mmcompress.integrations.hf.families import ENCODERS, Family, Layout
 from mmcompress.integrations.hf.taps import FEATURES, Key, Taps
 from mmcompress.types import Modality, Needs
 
+_LABEL = "mmcompress_encoded"
+_WIDE = frozenset({FEATURES[0], "cls_rows", "keys", "key_metric"})
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """The items of one encoder call: layouts, and statistics per item as `(name, layer) -> [candidates, channels]`."""
+    """What the vision encoder made of some items.
+
+    Args:
+        layouts: one per item.
+        statistics: per item, `(name, layer) -> [candidates]` or `[candidates, channels]`.
+        spans: the encoder's time; empty if nothing was encoded anew.
+        fresh: how many of the items were encoded anew.
+    """
 
     layouts: list[Layout]
     statistics: list[dict[Key, Tensor]]
+    spans: tuple[Span, ...]
+    fresh: int
+
+    @classmethod
+    def join(cls, parts: list[Encoded]) -> Encoded:
+        """Several encodings as one."""
+        return cls(
+            [layout for part in parts for layout in part.layouts],
+            [values for part in parts for values in part.statistics],
+            tuple(span for part in parts for span in part.spans),
+            sum(part.fresh for part in parts),
+        )
+
+
+class _Local(threading.local):
+    """What one thread is encoding."""
+
+    def __init__(self) -> None:
+        self.encoding = False
+        self.last: dict[Modality, Encoded] = {}
+        self.pending: dict[Modality, Encoded] = {}
 
 
 class Vision:
-    """Watches the model's feature methods; what they encode waits here for the text model's forward pass.
+    """Watches the model's feature methods and labels what they return with what was learnt on the way.
 
     `generate` of transformers >= 5.19 encodes before the prefill and hides the pixel inputs from the forward pass,
-    so the feature methods are the only place that sees layout information in every version.
+    so the feature methods are the only place that sees layouts in every version.
     """
 
-    def __init__(self, family: Family, needs: Needs, clock: StageClock) -> None:
+    def __init__(self, family: Family, needs: Needs) -> None:
         self._family = family
-        self._clock = clock
-        self._local = threading.local()
+        self._local = _Local()
         self._replaced: list[str] = []
-        self._memo: dict[Any, tuple[Any, Encoded]] | None = None
+        self._memo: dict[Any, tuple[Any, Encoded]] = {}
+        self._reusing = False
         self._taps = Taps(family.attentions, family.feature_source, needs)
         for modality in family.token_ids:
             name = ENCODERS[modality]
@@ -54,20 +87,33 @@ class Vision:
         self._taps.remove()
 
     @property
-    def pending(self) -> dict[Modality, Encoded]:
-        """What this thread encoded and no forward pass has used yet."""
-        if not hasattr(self._local, "pending"):
-            self._local.pending = {}
+    def pending(self) -> Mapping[Modality, Encoded]:
+        """What this thread's forward pass is to use."""
         return self._local.pending
+
+    def begin(self, outputs: Mapping[str, Any]) -> None:
+        """Start a forward pass that is given the encoder `outputs`; what it encodes itself joins them."""
+        self._local.pending = {}
+        for modality in self._family.token_ids:
+            if modality in outputs:
+                # accelerate rebuilds outputs without their label; then what was encoded last is meant.
+                encoded = getattr(outputs[modality], _LABEL, self._local.last.get(modality))
+                if encoded is not None:
+                    self._local.pending[modality] = encoded
+
+    def end(self) -> None:
+        """Forget what the forward pass used."""
+        self._local.pending = {}
 
     @contextmanager
     def reuse(self) -> Iterator[None]:
-        """While open, identical encoder inputs are encoded once."""
-        self._memo = {}
+        """While open, what was encoded before is not encoded again."""
+        self._reusing = True
         try:
             yield
         finally:
-            self._memo = None
+            self._reusing = False
+            self._memo.clear()
 
     def _watch(self, modality: Modality, encode: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(encode)
@@ -75,46 +121,56 @@ class Vision:
         # generate() chooses the arguments it passes by this function's signature, hence `wraps`.
         @functools.wraps(encode)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if getattr(self._local, "encoding", False):  # a video method may call the image method
-                return encode(*args, **kwargs)
-            if not self.pending:
-                self._clock.reset()
+            if self._local.encoding or kwargs.get("return_dict") is False:
+                return encode(*args, **kwargs)  # a video method calls the image method; a tuple is not for the model
             call = signature.bind_partial(*args, **kwargs).arguments
-            key = None if self._memo is None else (modality, _fingerprint(list(call.values())))
-            if self._memo is not None and key in self._memo:
-                output, self.pending[modality] = self._memo[key]
-                return output
+            call |= call.pop("kwargs", {})
+            # Results that carry gradients serve one backward pass only.
+            encode_items = self._encode_once if self._reusing and not torch.is_grad_enabled() else self._encode
             self._local.encoding = True
             try:
-                output, encoded = self._encode(modality, encode, call, args, kwargs)
+                output, encoded = encode_items(modality, encode, call)
             finally:
                 self._local.encoding = False
-            self.pending[modality] = encoded
-            if self._memo is not None:
-                self._memo[key] = (output, encoded)
+            setattr(output, _LABEL, encoded)
+            self._local.last[modality] = self._local.pending[modality] = encoded
             return output
 
         return watched
 
-    def _encode(
-        self, modality: Modality, encode: Callable[..., Any], call: Mapping[str, Any], args: Any, kwargs: Any
-    ) -> tuple[Any, Encoded]:
-        with self._clock.measure("encoder", self._family.base.device), self._taps.collect() as captured:
-            output = encode(*args, **kwargs)
+    def _encode_once(self, modality: Modality, encode: Callable[..., Any], call: dict[str, Any]) -> tuple[Any, Encoded]:
+        """Like `_encode`, but what was encoded before is taken from memory."""
+        outputs, parts = [], []
+        for part in self._family.parts(call):
+            key = (modality, _fingerprint(part))
+            if key not in self._memo:
+                output, encoded = self._encode(modality, encode, part)
+                self._memo[key] = (output, replace(encoded, spans=(), fresh=0))
+            else:
+                output, encoded = self._memo[key]
+            outputs.append(output)
+            parts.append(encoded)
+        if len(parts) == 1:
+            return copy.copy(outputs[0]), parts[0]  # generate() changes what it is given
+        features = [feature for output in outputs for feature in output.pooler_output]
+        joined = BaseModelOutputWithPooling(pooler_output=cast(Any, features))  # a list, as the families return it
+        return joined, Encoded.join(parts)
+
+    def _encode(self, modality: Modality, encode: Callable[..., Any], call: dict[str, Any]) -> tuple[Any, Encoded]:
+        span = Span(self._family.base.device)
+        with self._taps.collect() as captured:
+            output = encode(**call)
+        span.stop()
         rows = torch.cat([feature.detach().reshape(-1, feature.shape[-1]) for feature in output.pooler_output])
         layouts = self._family.layouts(modality, rows, call)
         lengths = [len(layout.separator) for layout in layouts]
         statistics: list[dict[Key, Tensor]] = [{} for _ in layouts]
-        for name_and_layer, chunks in captured.items():
+        for key, chunks in captured.items():
             aligned = self._family.align(chunks, modality, call).split(lengths)
             for item, layout, values in zip(statistics, layouts, aligned, strict=True):
                 values = values[~layout.separator.to(values.device)]
-                is_wide = name_and_layer == FEATURES or name_and_layer[0] in _WIDE
-                item[name_and_layer] = values if is_wide else values[:, 0]
-        return output, Encoded(layouts, statistics)
-
-
-_WIDE = frozenset({"cls_rows", "keys", "key_metric"})
+                item[key] = values if key[0] in _WIDE else values[:, 0]
+        return output, Encoded(layouts, statistics, (span,), len(layouts))
 
 
 def _fingerprint(value: Any) -> Any:
@@ -124,4 +180,6 @@ def _fingerprint(value: Any) -> Any:
         return (tuple(value.shape), value.dtype, hashlib.blake2b(content).digest())
     if isinstance(value, (list, tuple)):
         return tuple(_fingerprint(part) for part in value)
+    if isinstance(value, Mapping):
+        return tuple((name, _fingerprint(part)) for name, part in value.items())
     return repr(value)

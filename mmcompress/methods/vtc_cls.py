@@ -51,6 +51,10 @@ class VTCCLS(VisualMethod):
         if self.score == "cls":
             return Needs(cls_rows=tuple(range(first, encoder.used)))
         later = tuple(layer for layer in encoder.global_layers if layer >= first)
+        if not later and self.first_layer is not None:
+            raise SpecError(
+                f"vtc-cls: no layer from {first} on attends to the whole image; {encoder.global_layers} do."
+            )
         return Needs(received_attention=later or encoder.global_layers[-1:])
 
     def scores(self, item: VisualItem, needs: Needs) -> Tensor:
