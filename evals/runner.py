@@ -184,7 +184,10 @@ def open_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip to white
+                upright = upright.point(lambda value: value / 257).convert("L")
+            return upright.convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"image {path} does not exist.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -19,7 +19,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import mmcompress
-from mmcompress.errors import MMCompressError, SpecError, UnsupportedError
+from mmcompress.errors import InputError, MMCompressError, SpecError, UnsupportedError
 
 if typing.TYPE_CHECKING:
     from PIL.Image import Image
@@ -146,7 +146,8 @@ def info(
     console.print(inspect.getdoc(type(configured)), markup=False, highlight=False)
     console.print(f"\ncount    {'exactly' if configured.exact_count else 'at most'} the budget")
     console.print(f"cite     {escape(card.paper) or 'nothing to cite'}", highlight=False)
-    console.print(f"licence  {card.licence or 'no code of the authors is used'}\n")
+    authors = f"; the authors' code: {card.licence}" if card.licence else ""
+    console.print(f"licence  Apache-2.0, written from the paper{authors}\n" if card.paper else "licence  Apache-2.0\n")
 
     options = Table("option", "type", "default", "set to", title="options", title_justify="left")
     hints = typing.get_type_hints(type(configured))
@@ -209,10 +210,10 @@ def run(
     unpruned = CompressionConfig.create("uniform", keep=1.0)  # all tokens: the plain model's answer, timed alike
     console = Console()
     mmcompress.wrap(loaded, config).unwrap()  # whatever is impossible shows before the work begins
-    loaded.generate(**inputs, max_new_tokens=1, do_sample=False)  # the first pass of a process is slow
     columns = []
     for label, wanted in (("unpruned", unpruned), (str(config), config)):
         with mmcompress.wrap(loaded, wanted) as handle:
+            loaded.generate(**inputs, max_new_tokens=1, do_sample=False)  # the first pass of each kind is slow
             output = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             stats = handle.stats
         assert stats is not None  # there is at least one picture
@@ -256,7 +257,7 @@ def show(
     configs = [_config(part, keep) for part in re.split(r",(?![^(]*\))", method)]
     if not out.parent.is_dir():
         raise SpecError(f"--out {out}: the folder {out.parent} does not exist.")
-    if out.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(out.suffix.lower()) not in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"):
         raise SpecError(f"--out {out}: no picture format ends in {out.suffix!r}; use .png, .jpg or .webp.")
     picture = _open(image)
     loaded, processor = _load(model)
@@ -375,13 +376,17 @@ def _prompt(model: Any, processor: Any, pictures: list[Image], question: str) ->
     if not processor.chat_template:
         raise UnsupportedError("the model's processor has no chat template, so its prompt format is not known.")
     content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device, model.dtype)
+    try:
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    except ValueError as error:  # a question with an image placeholder in it, for one
+        raise InputError(f"the model's processor cannot encode this question: {error}") from error
+    return inputs.to(model.device, model.dtype)
 
 
 def _needs_by_family(spec: Any) -> Iterator[tuple[str, str]]:
@@ -403,7 +408,10 @@ def _needs_by_family(spec: Any) -> Iterator[tuple[str, str]]:
         except MMCompressError as error:
             yield family, f"[red]no:[/] {escape(str(error))}"
             continue
-        reads = [f"{name} of layers {', '.join(map(str, layers))}" for name, layers in needs.layers().items()]
+        reads = [
+            f"{name} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+            for name, layers in needs.layers().items()
+        ]
         reads += [name for name in ("features", "text", "embeddings") if getattr(needs, name)]
         yield family, "; ".join(reads) or "nothing"
 

@@ -102,7 +102,7 @@ def test_info_is_a_complete_card(name: str) -> None:
 def test_info_says_what_a_method_needs_of_every_family() -> None:
     todre, received = succeed("info", "todre"), succeed("info", "vtc-cls(score=received)")
     assert "arXiv:2505.18757" in todre and "exactly the budget" in todre and "'max-sum'" in todre
-    assert "cls_rows of layers 22; embeddings" in todre
+    assert "cls_rows of layer 22; embeddings" in todre
     assert "CLS token" in succeed("info", "vtc-cls")
     assert "received_attention of layers 23, 31" in received
     assert "at most the budget" in succeed("info", "pool") and "no options" in succeed("info", "pool")

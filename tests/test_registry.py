@@ -292,3 +292,35 @@ def test_a_plugin_cannot_shadow_a_built_in(tmp_path: Path) -> None:
         """["shadow_plugin:First offers the built-in method 'uniform'; ignored."]""",
         "mmcompress.methods.uniform False",
     ]
+
+
+def test_a_name_that_no_spec_can_say_is_refused() -> None:
+    for name in ("My_Method", "two words", "", "a--b"):
+        with pytest.raises(SpecError, match="lower-case words joined by hyphens"):
+            METHODS.register(name, summary="", family="")
+
+
+def test_a_class_that_is_no_dataclass_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"put @dataclass\(frozen=True\) below @register on Plain"):
+
+        @METHODS.register("plain", summary="", family="")
+        class Plain:
+            pass
+
+
+def test_registering_the_same_class_again_replaces_it() -> None:
+    """As when a notebook cell is run twice."""
+
+    def cell() -> type:
+        @METHODS.register("again", summary="", family="")
+        @dataclass(frozen=True)
+        class Again:
+            pass
+
+        return Again
+
+    try:
+        cell()
+        assert cell() is METHODS.get("again")
+    finally:
+        METHODS._classes.pop("again")

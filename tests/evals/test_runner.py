@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mmcompress
 from mmcompress.errors import InputError, SpecError
@@ -184,3 +186,15 @@ def test_methods_beat_random_on_the_whole_split(micro: tuple[Any, Any]) -> None:
         return difference.value - 3 * difference.error
 
     assert all(advantage(result) > 0 for result in better)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "P", "LA", "RGBA", "CMYK", "L", "1"])
+def test_pictures_of_every_mode_keep_their_content(mode: str, tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
+    wide = Image.fromarray(ramp.astype(np.uint16) * 257)
+    picture = wide if mode == "I;16" else Image.fromarray(ramp).convert("RGB").convert(mode)
+    path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
+    picture.save(path)
+    seen = np.asarray(open_image(path), dtype=float)[..., 0]
+    halves = seen[:, :32].mean(), seen[:, 32:].mean()
+    assert halves == pytest.approx((ramp[:, :32].mean(), ramp[:, 32:].mean()), abs=16 if mode == "1" else 4)

@@ -28,9 +28,10 @@ from transformers import PreTrainedModel
 
 import mmcompress
 from mmcompress.budget import Budget
+from mmcompress.method import VisualMethod
 from mmcompress.registry import METHODS
 from mmcompress.spec import Spec
-from mmcompress.types import Positions, Selection
+from mmcompress.types import Needs, Positions, Selection, VisualItem
 
 STEPS, KEEP, TOLERANCE = 5, 0.4, 1e-5
 TRANSFORMERS = Version(transformers.__version__)
@@ -375,6 +376,28 @@ def test_gradient_checkpointing_changes_nothing() -> None:
             gradient = model.model.multi_modal_projector.linear_1.weight.grad.norm()
             losses.append((float(output.loss.detach()), float(gradient)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reversed(VisualMethod):
+    """Keeps the first tokens, last one first, each mixed with its neighbour."""
+
+    def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
+        anchor = torch.arange(budget).flip(0)
+        weight = torch.eye(len(item))[anchor] * 0.75 + torch.eye(len(item)).roll(1, 1)[anchor] * 0.25
+        return Selection(anchor, weight)
+
+
+@pytest.mark.parametrize("positions", ["renumber", "original"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_in_any_order_that_absorb_others(name: str, positions: Positions) -> None:
+    METHODS.register("test-reversed", summary="", family="")(Reversed)
+    try:
+        expected = case(name, "mixed", "test-reversed", positions)
+        with mmcompress.wrap(expected.model, "test-reversed", keep=KEEP, positions=positions):
+            assert_exact(generate(expected.model, expected.inputs), expected.answer())
+    finally:
+        METHODS._classes.pop("test-reversed")
 
 
 def test_right_padded_batches_train_alike() -> None:

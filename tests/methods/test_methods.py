@@ -143,8 +143,8 @@ def test_selections_of_every_budget(method: VisualMethod, needs: Needs, item: Vi
         anchors = selection.anchor.tolist()
         assert selection.anchor.dtype == torch.long
         assert len(anchors) == budget or (not method.exact_count and 1 <= len(anchors) <= budget)
-        assert anchors == sorted(set(anchors))
-        assert anchors[0] >= 0 and anchors[-1] < len(item)
+        assert len(set(anchors)) == len(anchors)
+        assert min(anchors) >= 0 and max(anchors) < len(item)
         if selection.weight is not None:
             assert selection.weight.shape == (len(anchors), len(item))
             assert (selection.weight >= 0).all()
@@ -436,3 +436,32 @@ def test_todre_without_cls_starts_farthest_from_the_mean(item: VisualItem) -> No
     unit = normalize(item.embeddings.double(), dim=1)
     pivot = int((unit @ unit.mean(dim=0)).argmin())
     assert ToDRE().selection_order(item, 6, needs).tolist() == todre_order(item.embeddings, pivot, 6, "max-sum")
+
+
+@pytest.mark.parametrize(
+    ("anchor", "weight", "problem"),
+    [
+        ([0, 1], None, "2 tokens for a budget of 3"),
+        ([0, 1, 2, 3], None, "4 tokens for a budget of 3"),
+        ([0, 0, 1], None, "anchors that repeat or lie outside 0..8"),
+        ([0, 1, 9], None, "anchors that repeat or lie outside 0..8"),
+        ([-1, 0, 1], None, "anchors that repeat or lie outside 0..8"),
+        ([0.0, 1.0, 2.0], None, "anchors of type torch.float32"),
+        ([0, 1, 2], torch.ones(3, 8), r"weights of shape \[3, 8\] instead of \[3, 9\]"),
+    ],
+)
+def test_a_wrong_selection_is_an_error(anchor: list[float], weight: Tensor | None, problem: str) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Wrong(Uniform):
+        def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
+            return Selection(torch.tensor(anchor), weight)
+
+    with pytest.raises(SpecError, match=f"method 'uniform' returned {problem}"):
+        Wrong().compress([make_item(0, ((3, 3),))], Budget(3), Needs())
+
+
+def test_an_explicit_layer_is_never_replaced() -> None:
+    encoder = EncoderFacts(DEPTH, DEPTH, (1, 3))
+    assert VTCCLS(score="received").needs(encoder).received_attention == (3,)
+    with pytest.raises(SpecError, match=r"no layer from 4 on attends to the whole image; \(1, 3\) do"):
+        VTCCLS(score="received", first_layer=4).needs(encoder)
