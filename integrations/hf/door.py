@@ -19,32 +19,16 @@ from transformers.cache_utils import DynamicCache
 from mmcompress.accounting import ItemStats, LLMShape, Stats
 from mmcompress.budget import Budget
 from mmcompress.compact import ragged_index, spread, take
-from mmcompress.errors import InputError, UnsupportedError
+from mmcompress.errors import UnsupportedError
 from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt
 from mmcompress.integrations.hf.clock import Span, StageClock
-from mmcompress.integrations.hf.families import Family, Layout
-from mmcompress.integrations.hf.taps import FEATURES, Key
-from mmcompress.integrations.hf.vision import Encoded, Vision
+from mmcompress.integrations.hf.families import Family
+from mmcompress.integrations.hf.placement import Placed, place_items
+from mmcompress.integrations.hf.vision import Vision
 from mmcompress.method import VisualMethod
-from mmcompress.types import Modality, Needs, Positions, Selection, Trace, VisualItem
+from mmcompress.types import Modality, Needs, Positions, Selection, Trace
 
 FEATURE_INPUTS = ("pixel_values", "pixel_values_videos")
-
-
-@dataclass(frozen=True)
-class Placed:
-    """An item at its place in the batch.
-
-    Args:
-        rows: the batch rows that hold it (several under beam search).
-        positions: `[candidates]` columns of its candidate tokens.
-        separators: how many separator tokens it has beside them.
-    """
-
-    item: VisualItem
-    rows: range
-    positions: Tensor
-    separators: int
 
 
 @dataclass
@@ -226,7 +210,8 @@ class Door:
     ) -> tuple[dict[str, Any], Tensor, Tensor]:
         embeds: Tensor = kwargs["inputs_embeds"]
         length, span = embeds.shape[1], Span(embeds.device)
-        placed = self._place(embeds, call.visual, current)
+        pending = self.vision.pending
+        placed = place_items(self._family, self._needs, pending, embeds, call.visual, current)
         selections = self._method.compress([entry.item for entry in placed], self.keep, self._needs)
 
         keep, source = current.clone(), torch.arange(length, device=embeds.device).repeat(len(embeds), 1)
@@ -257,7 +242,7 @@ class Door:
             kept_positions, shift = _renumber(positions, current, kept_positions, valid)
             call.state.shift = shift if call.state.shift is None else call.state.shift + shift
         clock = StageClock()
-        clock.add("encoder", *(span for encoded in self.vision.pending.values() for span in encoded.spans))
+        clock.add("encoder", *(span for encoded in pending.values() for span in encoded.spans))
         clock.add("selection", span.stop())
         stats, trace = self._account(placed, selections, current, keep)
         call.removal = Removal(keep, index, stats, trace, clock)
@@ -273,59 +258,6 @@ class Door:
                 members = row_of[row, entry.positions]
                 merged[members[selection.anchor]] = selection.apply(rows[members])
         return merged
-
-    def _place(self, embeds: Tensor, visual: dict[Modality, Tensor], current: Tensor) -> list[Placed]:
-        """Every encoded item with its candidates' columns, in row order."""
-        any_visual = torch.stack([mask.to(embeds.device) for mask in visual.values()]).any(dim=0)
-        placed = []
-        for modality, mask in visual.items():
-            places = mask.to(embeds.device).nonzero()
-            if len(places) == 0:
-                continue
-            encoded = self._encoded(modality, len(places))
-            layouts, statistics = encoded.layouts, encoded.statistics
-            copies = len(places) // sum(len(layout.separator) for layout in layouts)
-            originals = places[places[:, 0] % copies == 0]
-            if self._family.joins_runs:
-                layouts, statistics = _join_runs(originals, layouts, statistics)
-            lengths = [len(layout.separator) for layout in layouts]
-            for number, (layout, values, at) in enumerate(
-                zip(layouts, statistics, originals.split(lengths), strict=True)
-            ):
-                row, columns = int(at[0, 0]), at[:, 1]
-                if int(at[-1, 0]) != row:
-                    raise InputError(f"{modality} {number} has {len(at)} features but row {row} has room for fewer.")
-                candidates = columns[~layout.separator.to(columns.device)]
-                item = VisualItem(
-                    embeddings=embeds.detach()[row, candidates],
-                    grids=layout.grids,
-                    tiles=layout.tiles.to(embeds.device),
-                    modality=modality,
-                    label=f"{modality} {number} (row {row})",
-                    features=values[FEATURES].to(embeds.device) if FEATURES in values else None,
-                    text=embeds.detach()[row, current[row] & ~any_visual[row]] if self._needs.text else None,
-                    **_by_layer(values, embeds.device),
-                )
-                rows = range(row, row + copies)
-                placed.append(Placed(item, rows, candidates, int(layout.separator.sum())))
-        return sorted(placed, key=lambda entry: (entry.rows[0], int(entry.positions[0])))
-
-    def _encoded(self, modality: Modality, placeholders: int) -> Encoded:
-        encoded = self.vision.pending.get(modality)
-        if encoded is None:
-            raise UnsupportedError(
-                f"{modality} features were not encoded by the wrapped model; pass the pixel inputs, or call "
-                f"model.get_{modality}_features after wrapping."
-            )
-        features = sum(len(layout.separator) for layout in encoded.layouts)
-        if placeholders < features:
-            raise UnsupportedError(
-                f"the prompt holds {placeholders} of {features} {modality} tokens; an item must arrive in one piece "
-                "(do not use prefill_chunk_size with compression)."
-            )
-        if placeholders % features:
-            raise InputError(f"{placeholders} {modality} placeholders do not match {features} features.")
-        return encoded
 
     def _account(
         self, placed: Sequence[Placed], selections: Sequence[Selection], current: Tensor, keep: Tensor
@@ -389,43 +321,6 @@ def llm_shape(decoder: Any) -> LLMShape:
         vocabulary=config.vocab_size,
         bytes_per_value=decoder.dtype.itemsize,
     )
-
-
-def _by_layer(values: dict[Key, Tensor], device: torch.device) -> dict[str, Any]:
-    """`(name, layer) -> values` as one mapping per statistic."""
-    named: dict[str, dict[int, Tensor]] = {}
-    for (name, layer), value in values.items():
-        if (name, layer) != FEATURES:
-            named.setdefault(name, {})[layer] = value.to(device)
-    return named
-
-
-def _join_runs(
-    places: Tensor, layouts: list[Layout], statistics: list[dict[Key, Tensor]]
-) -> tuple[list[Layout], list[dict[Key, Tensor]]]:
-    """Join the tiles that share an unbroken run of placeholders `[placeholders, (row, column)]` into one item."""
-    per_tile = len(layouts[0].separator)
-    follows = (places[1:, 0] == places[:-1, 0]) & (places[1:, 1] == places[:-1, 1] + 1)
-    starts = [0, *(torch.nonzero(~follows).flatten() + 1).tolist(), len(places)]
-    joined_layouts, joined_statistics = [], []
-    for begin, end in zip(starts, starts[1:], strict=False):
-        if (end - begin) % per_tile:
-            raise InputError(f"a run of {end - begin} image placeholders is no multiple of a tile's {per_tile}.")
-        tiles = range(begin // per_tile, end // per_tile)
-        count = len(tiles)
-        # With several tiles the thumbnail comes last, and thumbnails have number 0.
-        numbers = torch.tensor([(i + 1) % count for i in range(count)], device=places.device)
-        joined_layouts.append(
-            replace(
-                layouts[tiles[0]],
-                separator=torch.cat([layouts[tile].separator for tile in tiles]),
-                grids=tuple(grid for tile in tiles for grid in layouts[tile].grids),
-                tiles=numbers.repeat_interleave(per_tile),
-            )
-        )
-        names = statistics[tiles[0]]
-        joined_statistics.append({name: torch.cat([statistics[tile][name] for tile in tiles]) for name in names})
-    return joined_layouts, joined_statistics
 
 
 def _take_positions(positions: Tensor, index: Tensor) -> Tensor:
