@@ -113,7 +113,9 @@ def list_methods() -> None:
     from mmcompress.registry import METHODS
 
     plugins = METHODS.plugins()
-    table = Table("method", "family", "stage", "summary", "paper")
+    table = Table("method", "class", "stage", "summary", "paper")
+    for column in table.columns:
+        column.overflow = "fold"
     for name in METHODS.names():
         if name in plugins:
             # Third-party code is imported only when it is named.
@@ -463,11 +465,13 @@ def _attention() -> str:
 
 
 def _self_test() -> str:
-    """Answer one embedded question with every built-in method."""
+    """Answer one embedded question with every built-in method; third-party ones are only loaded."""
     from mmcompress.evals.micro import MICROVQA_PATH, load_microvqa
     from mmcompress.evals.runner import evaluate
     from mmcompress.registry import METHODS
 
+    for plugin in METHODS.plugins():
+        METHODS.get(plugin)
     names = [name for name in METHODS.names() if name not in METHODS.plugins()]
     model, processor = _load(EMBEDDED)
     evaluate(model, processor, load_microvqa(1), MICROVQA_PATH, [(name, 0.5) for name in names])

@@ -23,6 +23,7 @@ from hf.oracle import (
     score,
 )
 from packaging.version import Version
+from registered import variants
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,20 +40,6 @@ REFERENCE = "todre"
 # Families whose pixels transformers 5.17 repeats image by image rather than prompt by prompt.
 REPEATED_BY_PIXELS = ("llava", "llava_next", "llava_onevision", "internvl")
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-
-def variants() -> list[str]:
-    """Every registered method, once per value of each of its choice options."""
-    specs = []
-    for name in METHODS.names():
-        cls = METHODS.get(name)
-        hints = typing.get_type_hints(cls)
-        specs.append(name)
-        for field in dataclasses.fields(cls):
-            if typing.get_origin(hints[field.name]) is typing.Literal:
-                others = [value for value in typing.get_args(hints[field.name]) if value != field.default]
-                specs += [f"{name}({field.name}={value})" for value in others]
-    return specs
 
 
 @cache
@@ -83,7 +70,7 @@ class Case:
 def case(
     name: str,
     kind: Kind,
-    spec: str = REFERENCE,
+    spec: str | Spec = REFERENCE,
     positions: Positions | None = None,
     keep: int | float = KEEP,
     model: PreTrainedModel | None = None,
@@ -140,13 +127,12 @@ def assert_compressed(output: typing.Any, handle: mmcompress.Handle, expected: C
     assert (changed[text_rows] < TOLERANCE).all(), "text-only rows must not change"
 
 
-@pytest.mark.parametrize("spec", variants())
+@pytest.mark.parametrize("spec", variants(), ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_method_on_every_family(name: str, spec: str) -> None:
+def test_every_method_on_every_family(name: str, spec: Spec) -> None:
     model = built(name)
-    parsed = Spec.parse(spec)
     facts = encoder_facts(model, name)
-    missing = set(METHODS.build(parsed.name, parsed.options).needs(facts).layers()) & set(facts.missing)
+    missing = set(METHODS.build(spec.name, spec.options).needs(facts).layers()) & set(facts.missing)
     if missing:
         with pytest.raises(mmcompress.UnsupportedError, match=missing.pop()):
             mmcompress.wrap(model, spec, keep=KEEP)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registered import variants
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
@@ -78,20 +78,12 @@ ITEMS = {
 
 def configurations() -> Iterator[Any]:
     """Every method with its defaults and with each other choice of its options, on every encoder that suits it."""
-    for name in METHODS.names():
-        cls = METHODS.get(name)
-        hints = typing.get_type_hints(cls)
-        choices: list[dict[str, Any]] = [{}]
-        for field in dataclasses.fields(cls):
-            if typing.get_origin(hints[field.name]) is Literal:
-                others = [value for value in typing.get_args(hints[field.name]) if value != field.default]
-                choices += [{field.name: value} for value in others]
-        for options in choices:
-            method = METHODS.build(name, options)
-            for encoder, label in ((WITH_CLS, "CLS"), (WITHOUT_CLS, "no CLS")):
-                needs = method.needs(encoder)
-                if not set(needs.layers()) & set(encoder.missing):
-                    yield pytest.param(method, needs, id="-".join([name, *map(str, options.values()), label]))
+    for spec in variants():
+        method = METHODS.build(spec.name, spec.options)
+        for encoder, label in ((WITH_CLS, "CLS"), (WITHOUT_CLS, "no CLS")):
+            needs = method.needs(encoder)
+            if not set(needs.layers()) & set(encoder.missing):
+                yield pytest.param(method, needs, id=f"{spec}-{label}")
 
 
 CONFIGURATIONS = list(configurations())
