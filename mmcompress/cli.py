@@ -401,7 +401,8 @@ def _needs_by_family(spec: Any) -> Iterator[tuple[str, str]]:
 
     for family in FAMILIES:
         config = AutoConfig.for_model(family)
-        config.get_text_config().num_hidden_layers = 1  # the vision encoder alone decides
+        text = config.get_text_config()
+        text.num_hidden_layers, text.pad_token_id = 1, None  # the vision encoder alone decides
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
         try:

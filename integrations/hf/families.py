@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmcompress.errors import UnsupportedError
 from mmcompress.statistics import NEEDS_CLS
-from mmcompress.types import EncoderFacts, Modality
+from mmcompress.types import EncoderFacts, Modality, Positions
 
 Grid = tuple[int, int]
 ENCODERS: dict[Modality, str] = {"image": "get_image_features", "video": "get_video_features"}
@@ -46,6 +46,9 @@ class Family(ABC):
 
     joins_runs = False
     """Whether an item is one unbroken run of placeholders (its tiles are encoded as if they were images)."""
+
+    positions: Positions = "renumber"
+    """How kept tokens are numbered unless the user says otherwise."""
 
     def __init__(self, base: Any) -> None:
         self.base = base
@@ -251,7 +254,9 @@ def _pixels(call: Mapping[str, Any]) -> Tensor:
 
 
 class QwenVL(Family):
-    """Qwen2-VL and Qwen3-VL: native resolution, 2x2 patch merger, frames merged in time."""
+    """Qwen2-VL and Qwen3-VL: native resolution, 2x2 patch merger, frames merged in time, M-RoPE."""
+
+    positions = "original"
 
     @property
     def blocks(self) -> list[nn.Module]:

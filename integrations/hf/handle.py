@@ -43,7 +43,7 @@ class Handle:
         self.encoder: EncoderFacts = family.facts()
         self.needs: Needs = self.method.needs(self.encoder)
         _require_supplied(spec.name, self.needs, self.encoder)
-        self.positions: Positions = config.positions or _default_positions(family)
+        self.positions: Positions = config.positions or family.positions
         if spec.keep is None:
             raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a token count, as in keep=0.25.")
         self._base = family.base
@@ -196,11 +196,6 @@ def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
             raise SpecError(
                 f"{name} reads encoder layer {outside[0]}, but the encoder has layers 0..{encoder.depth - 1}."
             )
-
-
-def _default_positions(family: Family) -> Positions:
-    rope = getattr(family.base.get_decoder().config, "rope_parameters", None) or {}
-    return "original" if "mrope_section" in rope else "renumber"
 
 
 __all__ = ["Handle", "wrap"]

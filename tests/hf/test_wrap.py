@@ -564,3 +564,16 @@ def test_extreme_aspect_ratios(name: str, size: tuple[int, int]) -> None:
     assert inputs and item.tokens + item.separators == tokens
     assert sum(rows * columns for rows, columns in trace.grids) == item.tokens
     assert all(rows and columns for rows, columns in trace.grids)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_published_configurations_can_be_wrapped(name: str) -> None:
+    """At the size a family's config class defaults to, without weights."""
+    config = transformers.AutoConfig.for_model(name)
+    text = config.get_text_config()
+    text.num_hidden_layers, text.pad_token_id = 1, None
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    with mmcompress.wrap(model, "todre", keep=0.25) as handle:
+        assert handle.positions == ("original" if name.startswith("qwen") else "renumber")
+        assert handle.needs.cls_rows == {"llava": (22,), "llava_next": (22,), "internvl": (23,)}.get(name, ())
