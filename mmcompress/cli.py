@@ -170,7 +170,7 @@ def demo(
     limit: Annotated[int | None, typer.Option(help="Ask only the first N questions.", metavar="N")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; more only help on idle cores.", min=1)] = 1,
 ) -> None:
-    """Compare five methods at four budgets on the embedded model, offline, in about two minutes.
+    """Compare five methods at four budgets on the embedded model, offline, in a minute or two.
 
     Try:
 
@@ -203,13 +203,14 @@ def run(
       mmcompress run llava-hf/llava-1.5-7b-hf --image a.jpg --image b.jpg --question "What differs?" \
 --method vtc-cls --keep 128
     """
+    from mmcompress.evals.runner import UNPRUNED
     from mmcompress.spec import CompressionConfig
 
     config = _config(method, keep, positions)
     pictures = [_open(path) for path in image]
     loaded, processor = _load(model)
     inputs = _prompt(loaded, processor, pictures, question)
-    unpruned = CompressionConfig.create("uniform", keep=1.0)  # all tokens: the plain model's answer, timed alike
+    unpruned = CompressionConfig.create(UNPRUNED[0], keep=UNPRUNED[1])
     console = Console()
     mmcompress.wrap(loaded, config).unwrap()  # whatever is impossible shows before the work begins
     columns = []

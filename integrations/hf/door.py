@@ -8,7 +8,7 @@ to the prompt's length, and the cache remembers how many tokens it never saw.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt
 from mmcompress.integrations.hf.clock import Span, StageClock
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.placement import Placed, place_items
-from mmcompress.integrations.hf.vision import Vision
+from mmcompress.integrations.hf.vision import Encoded, Vision
 from mmcompress.method import VisualMethod
 from mmcompress.types import Modality, Needs, Positions, Selection, Trace
 
@@ -36,17 +36,15 @@ class Call:
     """One pass of the text model on its way through the door.
 
     Args:
-        compressed: whether its masks and positions are ours.
+        span: the time it takes; None if the pass is left as it is.
         visual: `[batch, length]` placeholder masks by modality; empty where no features arrived.
-        span: the time it takes.
         cache: the adopted cache.
         state: what `cache` is to remember once the pass has succeeded.
         removal: which columns stayed, if it removes any.
     """
 
-    compressed: bool = False
-    visual: dict[Modality, Tensor] = field(default_factory=dict)
     span: Span | None = None
+    visual: dict[Modality, Tensor] = field(default_factory=dict)
     cache: PrunedCache | None = None
     state: CacheState = field(default_factory=CacheState)
     removal: Removal | None = None
@@ -147,7 +145,7 @@ class Door:
             return None
         if cache is None and (module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
             cache = DynamicCache(config=module.config)
-        call = Call(compressed=True, visual=visual, span=Span(kwargs["inputs_embeds"].device))
+        call = Call(Span(kwargs["inputs_embeds"].device), visual)
         if cache is not None:
             call.cache = adopt(cache)
             call.state = replace(call.cache.state)
@@ -229,12 +227,12 @@ class Door:
         if planes is not None:
             seen: Tensor = kwargs["visual_pos_masks"]
             plane_row = (seen.flatten().cumsum(0) - 1).view_as(seen)
-            planes = [self._merge(plane, plane_row, placed, selections) for plane in planes]
+            planes = [_merge(plane, plane_row, placed, selections) for plane in planes]
             visual = take(seen, origin) & valid
             kwargs["visual_pos_masks"] = visual
             kwargs["deepstack_visual_embeds"] = [plane[take(plane_row, origin)[visual]] for plane in planes]
         flat_row = torch.arange(embeds.shape[0] * length, device=embeds.device).view(-1, length)
-        merged = self._merge(embeds.flatten(0, 1), flat_row, placed, selections).view_as(embeds)
+        merged = _merge(embeds.flatten(0, 1), flat_row, placed, selections).view_as(embeds)
         kwargs["inputs_embeds"] = take(merged, origin)
 
         kept_positions = _take_positions(positions, origin)
@@ -244,23 +242,17 @@ class Door:
         clock = StageClock()
         clock.add("encoder", *(span for encoded in pending.values() for span in encoded.spans))
         clock.add("selection", span.stop())
-        stats, trace = self._account(placed, selections, current, keep)
+        stats, trace = self._account(pending, placed, selections, current, keep)
         call.removal = Removal(keep, index, stats, trace, clock)
         return kwargs, valid, kept_positions
 
-    def _merge(self, rows: Tensor, row_of: Tensor, placed: Sequence[Placed], selections: Sequence[Selection]) -> Tensor:
-        """Write what merged tokens absorb into `rows` `[all, dim]`; `row_of` `[batch, length]` finds a token's row."""
-        if all(selection.weight is None for selection in selections):
-            return rows
-        merged = rows.clone()
-        for entry, selection in zip(placed, selections, strict=True):
-            for row in entry.rows if selection.weight is not None else ():
-                members = row_of[row, entry.positions]
-                merged[members[selection.anchor]] = selection.apply(rows[members])
-        return merged
-
     def _account(
-        self, placed: Sequence[Placed], selections: Sequence[Selection], current: Tensor, keep: Tensor
+        self,
+        pending: Mapping[Modality, Encoded],
+        placed: Sequence[Placed],
+        selections: Sequence[Selection],
+        current: Tensor,
+        keep: Tensor,
     ) -> tuple[Stats, list[Trace]]:
         in_rows = [
             (row, entry, selection) for entry, selection in zip(placed, selections, strict=True) for row in entry.rows
@@ -274,7 +266,7 @@ class Door:
             Trace(row, entry.item.modality, entry.item.grids, selection, entry.positions)
             for row, entry, selection in in_rows
         ]
-        encoded = self.vision.pending.values()
+        encoded = pending.values()
         reused = 1 - sum(part.fresh for part in encoded) / sum(len(part.layouts) for part in encoded)
         tokens, kept = current.sum(dim=1).tolist(), keep.sum(dim=1).tolist()
         return Stats(items, tokens, kept, llm_shape(self._decoder), reused), trace
@@ -283,12 +275,12 @@ class Door:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # FlashAttention reads gaps in position ids as packed sequences; RoPE is already in position_embeddings.
-        return (args, {**kwargs, "position_ids": None}) if self._forward.call.compressed else None
+        return None if self._forward.call.span is None else (args, {**kwargs, "position_ids": None})
 
     @torch.compiler.disable
     def _after_decoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         call = self._forward.call
-        if not call.compressed or call.span is None:
+        if call.span is None:
             return None
         if call.cache is not None:
             call.cache.state = call.state
@@ -321,6 +313,18 @@ def llm_shape(decoder: Any) -> LLMShape:
         vocabulary=config.vocab_size,
         bytes_per_value=decoder.dtype.itemsize,
     )
+
+
+def _merge(rows: Tensor, row_of: Tensor, placed: Sequence[Placed], selections: Sequence[Selection]) -> Tensor:
+    """Write what merged tokens absorb into `rows` `[all, dim]`; `row_of` `[batch, length]` finds a token's row."""
+    if all(selection.weight is None for selection in selections):
+        return rows
+    merged = rows.clone()
+    for entry, selection in zip(placed, selections, strict=True):
+        for row in entry.rows if selection.weight is not None else ():
+            members = row_of[row, entry.positions]
+            merged[members[selection.anchor]] = selection.apply(rows[members])
+    return merged
 
 
 def _take_positions(positions: Tensor, index: Tensor) -> Tensor:

@@ -149,8 +149,8 @@ def wrap(
     _check_transformers()
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = _family(target)
-    if hasattr(family.base, _MARK):
-        handle = getattr(family.base, _MARK)
+    handle = getattr(family.base, _MARK, None)
+    if handle is not None:
         raise UnsupportedError(f"already wrapped: {handle!r}. Call its unwrap() first, or set(keep=...) on it.")
     return Handle(family, config)
 

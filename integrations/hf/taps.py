@@ -90,9 +90,7 @@ class Taps:
             with torch.no_grad():
                 for q, k in _segments(query, key, kwargs.get("cu_seq_lens_q")):
                     for name in names:
-                        value = STATISTICS[name](q, k, kwargs["scaling"])
-                        value = value if value.dim() == 3 else value[..., None]
-                        captured.setdefault((name, layer), []).append(value)
+                        captured.setdefault((name, layer), []).append(STATISTICS[name](q, k, kwargs["scaling"]))
 
         tapped = copy.copy(original)
         tapped._attn_implementation_internal = FLASH_TAP if "flash" in original._attn_implementation else TAP
@@ -110,7 +108,7 @@ class Taps:
 
     @contextmanager
     def collect(self) -> Iterator[Captured]:
-        """While open, every encoder call appends `[batch, tokens, channels]` under (name, layer)."""
+        """While open, encoder calls append `[batch, tokens]` or `[batch, tokens, channels]` under (name, layer)."""
         captured: Captured = {}
         token = self._collecting.set(captured)
         try:

@@ -18,11 +18,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcompress.integrations.hf.clock import Span
 from mmcompress.integrations.hf.families import ENCODERS, Family, Layout
-from mmcompress.integrations.hf.taps import FEATURES, Key, Taps
+from mmcompress.integrations.hf.taps import Key, Taps
 from mmcompress.types import Modality, Needs
 
 _LABEL = "mmcompress_encoded"
-_WIDE = frozenset({FEATURES[0], "cls_rows", "keys", "key_metric"})
 
 
 @dataclass(frozen=True)
@@ -166,10 +165,12 @@ class Vision:
         lengths = [len(layout.separator) for layout in layouts]
         statistics: list[dict[Key, Tensor]] = [{} for _ in layouts]
         for key, chunks in captured.items():
-            aligned = self._family.align(chunks, modality, call).split(lengths)
+            is_scalar = chunks[0].dim() == 2
+            patches = [chunk[..., None] for chunk in chunks] if is_scalar else chunks
+            aligned = self._family.align(patches, modality, call).split(lengths)
             for item, layout, values in zip(statistics, layouts, aligned, strict=True):
                 values = values[~layout.separator.to(values.device)]
-                item[key] = values if key[0] in _WIDE else values[:, 0]
+                item[key] = values[:, 0] if is_scalar else values
         return output, Encoded(layouts, statistics, (span,), len(layouts))
 
 

@@ -123,9 +123,9 @@ def capture_clip(case: Case) -> Outputs:
     received = torch.stack([values["received_attention", layer] for layer in layers])
     return {
         "out_cls_attn_per_layer": cls_rows[:, :, 1:].transpose(2, 3),
-        "out_received_attn_per_layer": received[:, :, 1:, 0],
-        "out_last_layer_presoftmax_cls_logits_headmean": values["cls_logits", last][:, 1:, 0],
-        "out_last_layer_fullwidth_cls_attn": values["cls_rows_full_width", last][:, 1:, 0],
+        "out_received_attn_per_layer": received[:, :, 1:],
+        "out_last_layer_presoftmax_cls_logits_headmean": values["cls_logits", last][:, 1:],
+        "out_last_layer_fullwidth_cls_attn": values["cls_rows_full_width", last][:, 1:],
         "out_penultimate_key_metric": values["key_metric", before],
         "out_hidden_penultimate": values[FEATURES],
         "out_last_layer_keys": values["keys", last],
