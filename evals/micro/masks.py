@@ -1,10 +1,11 @@
-"""Coverage masks of shapes and two-digit numbers: what an object's colour or ink is multiplied with."""
+"""Coverage masks of shapes and texts: what an object's colour or ink is multiplied with."""
 
 from __future__ import annotations
 
 import functools
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -15,12 +16,11 @@ from mmcompress.errors import unknown_name
 from mmcompress.evals.micro.vocabulary import SHAPE_NAMES
 
 FONTS: tuple[str, ...] = ("DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSans.ttf")
-FONT_SIZES: tuple[int, ...] = (15, 18, 22)
 
 Mask = NDArray[np.float32]
 
 _OVERSAMPLING = 6
-_DIGIT_GAP = 2
+_GLYPH_GAP = 2
 
 
 @functools.cache
@@ -63,23 +63,53 @@ def shape_mask(kind: str, size: int) -> Mask:
     return _coverage(image.resize((size, size), Image.Resampling.BOX))
 
 
-@functools.cache
-def number_mask(number: str, font: str, font_size: int) -> Mask:
-    """Draw the digits of `number` next to each other, top-aligned, and return their coverage [height, width] in 0..1.
+def text_mask(text: str, font: str, font_size: int) -> Mask:
+    """Draw the characters of `text` on one baseline and return their coverage [height, width] in 0..1.
 
     Raises:
         SpecError: `font` is not one of `FONTS`.
     """
+    glyphs = [_glyph(character, font, font_size) for character in text]
+    ascent = max(glyph.ascent for glyph in glyphs)
+    height = ascent + max(len(glyph.mask) - glyph.ascent for glyph in glyphs)
+    width = sum(glyph.mask.shape[1] for glyph in glyphs) + _GLYPH_GAP * (len(glyphs) - 1)
+    mask = np.zeros((height, width), np.float32)
+    x = 0
+    for glyph in glyphs:
+        top, (rows, columns) = ascent - glyph.ascent, glyph.mask.shape
+        mask[top : top + rows, x : x + columns] = glyph.mask
+        x += columns + _GLYPH_GAP
+    return mask
+
+
+def character_centers(text: str, font: str, font_size: int) -> list[float]:
+    """Return the middle of every character of `text_mask`, in pixels from its left edge.
+
+    Raises:
+        SpecError: `font` is not one of `FONTS`.
+    """
+    widths = [_glyph(character, font, font_size).mask.shape[1] for character in text]
+    return [sum(widths[:place]) + _GLYPH_GAP * place + width / 2 for place, width in enumerate(widths)]
+
+
+class _Glyph(NamedTuple):
+    mask: Mask
+    ascent: int  # rows above the baseline
+
+
+@functools.cache
+def _glyph(character: str, font: str, font_size: int) -> _Glyph:
+    left, top, right, bottom = (int(edge) for edge in _face(font, font_size).getbbox(character, anchor="ls"))
+    image = Image.new("L", (right - left, bottom - top), 0)
+    ImageDraw.Draw(image).text((-left, -top), character, font=_face(font, font_size), fill=255, anchor="ls")
+    return _Glyph(_coverage(image), -top)
+
+
+@functools.cache
+def _face(font: str, font_size: int) -> ImageFont.FreeTypeFont:
     if font not in FONTS:
         raise unknown_name("font", font, FONTS)
-    digits = [_digit(digit, font, font_size) for digit in number]
-    width = sum(digit.shape[1] for digit in digits) + _DIGIT_GAP * (len(digits) - 1)
-    mask = np.zeros((max(digit.shape[0] for digit in digits), width), np.float32)
-    x = 0
-    for digit in digits:
-        mask[: digit.shape[0], x : x + digit.shape[1]] = digit
-        x += digit.shape[1] + _DIGIT_GAP
-    return _frozen(mask)
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", font), font_size)
 
 
 def _star(center: float, outer: float, inner: float) -> list[tuple[float, float]]:
@@ -91,19 +121,7 @@ def _star(center: float, outer: float, inner: float) -> list[tuple[float, float]
     return corners
 
 
-@functools.cache
-def _digit(digit: str, font: str, font_size: int) -> Mask:
-    face = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", font), font_size)
-    left, top, right, bottom = (int(edge) for edge in face.getbbox(digit))
-    image = Image.new("L", (right - left + 1, bottom - top + 1), 0)
-    ImageDraw.Draw(image).text((-left, -top), digit, font=face, fill=255)
-    return _coverage(image)
-
-
 def _coverage(image: Image.Image) -> Mask:
-    return _frozen(np.asarray(image, np.float32) / np.float32(255))
-
-
-def _frozen(mask: Mask) -> Mask:
+    mask = np.asarray(image, np.float32) / np.float32(255)
     mask.setflags(write=False)  # masks are cached and shared between calls
     return mask
