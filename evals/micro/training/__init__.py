@@ -1,0 +1,1 @@
+"""Training the embedded models on generated scenes: `python -m mmcompress.evals.micro.training --help`."""

@@ -1,0 +1,99 @@
+"""Teaching a language model to answer from visual tokens, all of them or some."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mmcompress.evals.micro.training.architectures import TOKEN_IDS
+from mmcompress.evals.micro.training.families import Prefix
+from mmcompress.evals.micro.training.targets import IGNORE
+from mmcompress.evals.micro.training.vision import Metrics
+
+
+class Dropout(NamedTuple):
+    """Which visual tokens a batch may see.
+
+    Args:
+        kept: per row, indices of the prefix tokens that stay, ascending [batch, kept tokens].
+        renumbered: whether what stays gets positions without gaps.
+    """
+
+    kept: Tensor
+    renumbered: bool
+
+
+def keep_all(prefix: Prefix, rows: int) -> Dropout:
+    """No dropout."""
+    return Dropout(torch.arange(len(prefix.ids)).expand(rows, -1), renumbered=False)
+
+
+def drop(prefix: Prefix, rows: int, keep: float, renumbered: bool, generator: torch.Generator) -> Dropout:
+    """Keep a random share `keep` of each row's droppable tokens, at least one."""
+    droppable = prefix.droppable.nonzero()[:, 0]
+    count = max(1, round(keep * len(droppable)))
+    chosen = torch.rand(rows, len(droppable), generator=generator).argsort(1)[:, :count]
+    fixed = (~prefix.droppable).nonzero()[:, 0].expand(rows, -1)
+    return Dropout(torch.cat([fixed, droppable[chosen]], 1).sort(1).values, renumbered)
+
+
+def answer(
+    model: Any,
+    features: Tensor,
+    prefix: Prefix,
+    dropout: Dropout,
+    ids: Tensor,
+    block: Tensor,
+    offset: Tensor,
+    target: Tensor,
+) -> tuple[Tensor, Metrics]:
+    """The loss of the answers' tokens, and the share of them said right.
+
+    Args:
+        model: a vision-language model.
+        features: visual tokens as they enter the LLM [batch, visual tokens, dim].
+        prefix: the prompt up to the questions.
+        dropout: what of the prefix is seen.
+        ids: of packed questions, see `Packed`, like the rest [batch, length].
+        block: number of the question.
+        offset: position within the question.
+        target: token to be said next.
+    """
+    device, rows = features.device, len(features)
+    embed = model.get_input_embeddings()
+    words = embed(prefix.ids.to(device)).to(features.dtype).expand(rows, -1, -1).clone()
+    words[:, prefix.visual.to(device)] = features
+    kept = dropout.kept.to(device)
+    shown = words.gather(1, kept[..., None].expand(-1, -1, words.shape[-1]))
+    positions, following = prefix.positions.to(device)[:, kept], prefix.following
+    if dropout.renumbered:
+        positions, following = torch.arange(kept.shape[1], device=device).expand_as(positions), kept.shape[1]
+    positions = torch.cat([positions, (following + offset).expand(len(positions), -1, -1)], 2)
+    states = model.model.language_model(
+        inputs_embeds=torch.cat([shown, embed(ids).to(features.dtype)], 1),
+        position_ids=positions[0] if len(positions) == 1 else positions,
+        attention_mask=_additive(_visible(kept.shape[1], block), features),
+        use_cache=False,
+    ).last_hidden_state[:, kept.shape[1] :]
+    asked = target != IGNORE
+    logits, wanted = model.lm_head(states[asked]).float(), target[asked]
+    loss = functional.cross_entropy(logits, wanted)
+    with torch.no_grad():
+        said = wanted != TOKEN_IDS["</s>"]
+        return loss, {"answers": (logits.argmax(1) == wanted)[said].float().mean()}
+
+
+def _visible(shown: int, block: Tensor) -> Tensor:
+    """Which tokens each token sees [batch, tokens, tokens]: everything before it, but no other question."""
+    length = shown + block.shape[1]
+    visible = torch.ones(length, length, dtype=torch.bool, device=block.device).tril().repeat(len(block), 1, 1)
+    visible[:, shown:, shown:] &= block[:, :, None] == block[:, None, :]
+    return visible
+
+
+def _additive(visible: Tensor, like: Tensor) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(~visible, torch.finfo(like.dtype).min)[:, None]

@@ -1,0 +1,137 @@
+"""Training batches, each made from nothing but its number: any number of workers, and a resumed run, see the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmcompress.evals.micro.clips import draw_clip, draw_clip_question
+from mmcompress.evals.micro.compare import draw_pair, draw_pair_question
+from mmcompress.evals.micro.questions import Asked, draw_question
+from mmcompress.evals.micro.render import render
+from mmcompress.evals.micro.scene import Style, crowded, draw_scene
+from mmcompress.evals.micro.training.architectures import END_OF_TEXT, TOKEN_IDS
+from mmcompress.evals.micro.training.families import PATCH
+from mmcompress.evals.micro.training.packing import pack, tokenize
+from mmcompress.evals.micro.training.recipes import Recipe
+from mmcompress.evals.micro.training.targets import targets
+
+_VISION, _ANSWERS = 0, 1
+_CROWDED_SHARE = 0.8
+_BIG_OBJECTS_UNTIL = 0.4
+_FEWEST_SHAPES = 2
+_MOST_SHAPES = (2, 4, 6, 8)
+_FRAMES = (4, 6, 8)
+_GROUNDED_PER_PICTURE = 2
+_QUESTION_LENGTH = 32
+
+
+class VisionBatch(NamedTuple):
+    """Pictures for the encoder, see `VisionHeads.forward` and `ground`."""
+
+    pictures: Tensor
+    labels: Tensor
+    facts: Tensor
+    questions: Tensor
+    asked: Tensor
+    referred: Tensor
+
+
+class AnswersBatch(NamedTuple):
+    """Pictures, pairs or clips with packed questions, see `answer`."""
+
+    pictures: Tensor
+    ids: Tensor
+    block: Tensor
+    offset: Tensor
+    target: Tensor
+
+
+class VisionBatches(Dataset[VisionBatch]):
+    """Crowded scenes, big objects first."""
+
+    def __init__(self, recipe: Recipe, steps: int) -> None:
+        assert recipe.vision is not None
+        self._recipe, self._stage, self._steps = recipe, recipe.vision, steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> VisionBatch:
+        rng = np.random.default_rng((self._recipe.seed, _VISION, step))
+        big = max(0.0, 1 - step / (_BIG_OBJECTS_UNTIL * self._steps))
+        plain = _style(rng, self._recipe, (_FEWEST_SHAPES, _MOST_SHAPES[-1]), big)
+        scenes = [
+            draw_scene(rng, crowded(plain) if rng.random() < _CROWDED_SHARE else plain)
+            for _ in range(self._stage.batch)
+        ]
+        labelled = [targets(scene, PATCH) for scene in scenes]
+        grounded = [
+            (number, found)
+            for number, scene in enumerate(scenes)
+            for _ in range(_GROUNDED_PER_PICTURE)
+            if (found := draw_question(rng, scene, self._recipe.forms)) is not None and found.referent is not None
+        ]
+        referred = [labelled[number].owners.ravel() == asked.referent for number, asked in grounded]
+        # An object that others hide from every patch cannot be pointed at.
+        grounded = [pair for pair, patches in zip(grounded, referred, strict=True) if patches.any()]
+        referred = [patches for patches in referred if patches.any()]
+        return VisionBatch(
+            torch.from_numpy(np.stack([render(rng, scene) for scene in scenes]))[:, None],
+            torch.from_numpy(np.stack([label.patches.reshape(len(label.patches), -1) for label in labelled])),
+            torch.from_numpy(np.stack([label.summary for label in labelled])),
+            torch.from_numpy(np.stack([_text(asked.question) for _, asked in grounded])),
+            torch.tensor([number for number, _ in grounded]),
+            torch.from_numpy(np.stack(referred).astype(np.float32)),
+        )
+
+
+class AnswersBatches(Dataset[AnswersBatch]):
+    """What the language model is asked."""
+
+    def __init__(self, recipe: Recipe, steps: int) -> None:
+        self._recipe, self._steps = recipe, steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> AnswersBatch:
+        recipe = self._recipe
+        rng = np.random.default_rng((recipe.seed, _ANSWERS, step))
+        style = _style(rng, recipe, (_FEWEST_SHAPES, int(rng.choice(_MOST_SHAPES))))
+        frames, comparing = int(rng.choice(_FRAMES)), bool(rng.random() < recipe.pairs)
+        rows = []
+        for _ in range(recipe.answers.batch):
+            pictures, draw = _material(rng, recipe, style, frames, comparing)
+            rows.append((pictures, *pack(draw, recipe.length)))
+        return AnswersBatch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+
+def _material(
+    rng: np.random.Generator, recipe: Recipe, style: Style, frames: int, comparing: bool
+) -> tuple[NDArray[np.uint8], Callable[[], Asked | None]]:
+    """Pictures of one prompt [pictures, height, width, 3], and what draws questions about them."""
+    if recipe.clips:
+        clip = draw_clip(rng, style, frames)
+        return clip.pictures, lambda: draw_clip_question(rng, clip)
+    if comparing:
+        pair = draw_pair(rng, style)
+        return np.stack(pair.pictures), lambda: draw_pair_question(rng, pair)
+    scene = draw_scene(rng, style)
+    return render(rng, scene)[None], lambda: draw_question(rng, scene, recipe.forms)
+
+
+def _style(rng: np.random.Generator, recipe: Recipe, shapes: tuple[int, int], big: float = 0.0) -> Style:
+    width, height = recipe.canvases[rng.integers(len(recipe.canvases))]
+    return Style(width=width, height=height, shapes=shapes, big=big, texts=recipe.texts, font_sizes=recipe.font_sizes)
+
+
+def _text(question: str) -> NDArray[np.int64]:
+    ids = [TOKEN_IDS["<s>"], *tokenize(question), END_OF_TEXT]
+    return np.array(ids + (_QUESTION_LENGTH - len(ids)) * [TOKEN_IDS["<pad>"]])

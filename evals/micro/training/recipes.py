@@ -1,0 +1,163 @@
+"""How each embedded model is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmcompress.errors import unknown_name
+from mmcompress.evals.micro.training import architectures
+from mmcompress.evals.micro.training.families import Family, Llava, LlavaNext, Qwen
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How weights are fitted: AdamW, linear warm-up, cosine decay.
+
+    Args:
+        steps: number of updates.
+        batch: pictures, pairs or clips per update.
+        learning_rate: at its peak.
+    """
+
+    steps: int
+    batch: int = 16
+    learning_rate: float = 1.5e-3
+
+    def scaled(self, scale: float) -> int:
+        """The number of steps times `scale`, at least one."""
+        return max(1, round(self.steps * scale))
+
+
+TEXTS: Mapping[str, float] = {"number": 0.55, "letters": 0.15, "word": 0.3}
+"""How often a sign shows two digits, two letters or a word."""
+
+FORMS: Mapping[str, float] = {
+    "exist": 1.5,
+    "color": 1.5,
+    "shape": 1.3,
+    "kind-count": 0.8,
+    "color-count": 0.6,
+    "number": 1.0,
+    "letters": 0.4,
+    "word": 0.7,
+    "color-choice": 0.9,
+    "shape-choice": 0.7,
+    "count-choice": 0.5,
+    "side": 1.0,
+    "relation": 1.0,
+}
+"""How often each form of question is asked, relative to the others."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a model becomes, together with the seed.
+
+    Args:
+        summary: what the model is for, in a line.
+        family: how its architecture takes pictures.
+        build: makes the model, untrained.
+        answers: training of projector and language model, the encoder frozen.
+        vision: training of the encoder; without it the encoder comes from `start`.
+        start: another recipe whose finished model gives the encoder.
+        keeps_language_model: whether it also gives projector and language model.
+        canvases: (width, height) of the pictures, one drawn per batch.
+        pairs: share of batches that compare two pictures.
+        clips: whether clips are asked about, not pictures.
+        dropout: share of batches that see only some of their visual tokens.
+        length: tokens of packed questions per row.
+        font_sizes: of the signs, in px.
+        text_tower: whether to train a CLIP text tower beside the encoder.
+    """
+
+    summary: str
+    family: Family
+    build: Callable[[], Any]
+    answers: Optimisation
+    vision: Optimisation | None = None
+    start: str | None = None
+    keeps_language_model: bool = False
+    canvases: tuple[tuple[int, int], ...] = ((224, 224),)
+    pairs: float = 0.0
+    clips: bool = False
+    dropout: float = 0.4
+    length: int = 160
+    font_sizes: tuple[int, ...] = (15, 18, 22)
+    text_tower: bool = False
+    seed: int = 1
+    texts: Mapping[str, float] = field(default_factory=lambda: dict(TEXTS))
+    forms: Mapping[str, float] = field(default_factory=lambda: dict(FORMS))
+
+
+def _micro_llava() -> Any:
+    return architectures.llava(architectures.clip_vision(224), architectures.llama())
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "micro-llava": Recipe(
+        summary="LLaVA-1.5 with 256 visual tokens, trained with visual tokens missing in part",
+        family=Llava(),
+        build=_micro_llava,
+        vision=Optimisation(steps=4200, batch=16, learning_rate=1.2e-3),
+        answers=Optimisation(steps=2400),
+        text_tower=True,
+    ),
+    "micro-llava-nodrop": Recipe(
+        summary="twin of micro-llava that always saw all visual tokens",
+        family=Llava(),
+        build=_micro_llava,
+        start="micro-llava",
+        answers=Optimisation(steps=2400),
+        dropout=0.0,
+    ),
+    "micro-llava-draft": Recipe(
+        summary="a smaller LLaVA of the same tokenizer, to draft for micro-llava",
+        family=Llava(),
+        build=lambda: architectures.llava(architectures.clip_vision(224), architectures.llama(hidden=128, layers=2)),
+        start="micro-llava",
+        answers=Optimisation(steps=2400),
+    ),
+    "micro-llava-next": Recipe(
+        summary="LLaVA-NeXT whose small text can be read in tiles only",
+        family=LlavaNext(),
+        build=lambda: architectures.llava_next(architectures.clip_vision(224), architectures.llama()),
+        start="micro-llava",
+        keeps_language_model=True,
+        answers=Optimisation(steps=1500, batch=4),
+        canvases=((448, 224), (224, 448), (448, 448), (672, 224), (224, 672)),
+        font_sizes=(12, 15, 18),
+    ),
+    "micro-qwen2.5-vl": Recipe(
+        summary="Qwen2.5-VL at its own resolution, 36 to 80 visual tokens in training",
+        family=Qwen(),
+        build=architectures.qwen,
+        vision=Optimisation(steps=4400, batch=16, learning_rate=1.2e-3),
+        answers=Optimisation(steps=2400),
+        pairs=0.15,
+        canvases=((224, 224), (168, 168), (224, 168), (168, 224), (280, 224), (224, 280)),
+    ),
+    "micro-video": Recipe(
+        summary="Qwen2.5-VL on clips of 4 to 8 frames",
+        family=Qwen(video=True),
+        build=architectures.qwen,
+        start="micro-qwen2.5-vl",
+        keeps_language_model=True,
+        answers=Optimisation(steps=3000, batch=8),
+        canvases=((168, 168), (224, 168), (224, 224)),
+        clips=True,
+    ),
+}
+"""Every model that can be trained, by name."""
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        SpecError: there is none.
+    """
+    if name not in RECIPES:
+        raise unknown_name("model", name, tuple(RECIPES))
+    return RECIPES[name]

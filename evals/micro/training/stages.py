@@ -1,0 +1,152 @@
+"""The two stages of training: the vision encoder on labels, then projector and language model on questions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.evals.micro.training import architectures
+from mmcompress.evals.micro.training.answering import Dropout, answer, drop, keep_all
+from mmcompress.evals.micro.training.batches import AnswersBatch, AnswersBatches, VisionBatch, VisionBatches
+from mmcompress.evals.micro.training.families import Prefix
+from mmcompress.evals.micro.training.grounding import ground
+from mmcompress.evals.micro.training.recipes import Recipe
+from mmcompress.evals.micro.training.vision import Metrics, VisionHeads
+
+_FEWEST_KEPT = 0.05
+_SCALE_BATCHES = 4
+
+
+@dataclass
+class Modules:
+    """What is trained.
+
+    Args:
+        model: the vision-language model.
+        heads: read-outs of its encoder, while that is trained.
+        clip: a CLIP around its encoder, for recipes with a text tower.
+    """
+
+    model: Any
+    heads: VisionHeads | None
+    clip: Any
+
+    @classmethod
+    def build(cls, recipe: Recipe) -> Modules:
+        """Fresh modules, equal for equal recipes."""
+        torch.manual_seed(recipe.seed)
+        model = recipe.build()
+        if recipe.vision is None:
+            return cls(model, None, None)
+        vision = model.config.vision_config
+        with_cls = hasattr(vision, "projection_dim")
+        if with_cls:
+            architectures.initialise_encoder(recipe.family.encoder(model))
+        heads = VisionHeads(vision.hidden_size, levels=2 if with_cls else 1, summaries=2 if with_cls else 0)
+        return cls(model, heads, architectures.clip(vision) if recipe.text_tower else None)
+
+    def prepare(self, recipe: Recipe, device: torch.device) -> None:
+        """Move everything to `device` and choose the fastest implementations for it."""
+        encoder = recipe.family.encoder(self.model)
+        self.model.set_attn_implementation(recipe.family.cpu_attention if device.type == "cpu" else "sdpa")
+        for module in self.named().values():
+            module.to(device).train()
+        if self.clip is not None:
+            self.clip.vision_model = getattr(encoder, "vision_model", encoder)
+        if device.type == "cuda":
+            encoder.compile()
+            self.model.model.language_model.compile()
+
+    def named(self) -> dict[str, nn.Module]:
+        """The modules there are, by name."""
+        modules = {"model": self.model, "heads": self.heads, "clip": self.clip}
+        return {name: module for name, module in modules.items() if module is not None}
+
+
+class VisionStage:
+    """The encoder, and the text tower beside it, learn what the pictures show."""
+
+    name = "vision"
+
+    def __init__(self, recipe: Recipe, modules: Modules, device: torch.device, scale: float, fresh: bool) -> None:
+        assert recipe.vision is not None and modules.heads is not None
+        self.optimisation = recipe.vision
+        self.steps = self.optimisation.scaled(scale)
+        self.data = VisionBatches(recipe, self.steps)
+        self._family, self._modules, self._heads = recipe.family, modules, modules.heads
+        projector = set(architectures.projector(modules.model).parameters())
+        encoder = recipe.family.encoder(modules.model).parameters()
+        self.trained = [weight for weight in encoder if weight not in projector] + [*modules.heads.parameters()]
+        if modules.clip is not None:
+            named = modules.clip.named_parameters()
+            self.trained += [weight for name, weight in named if not name.startswith("vision_model")]
+
+    def loss(self, batch: VisionBatch, step: int) -> tuple[Tensor, Metrics]:
+        hidden = self._family.hidden(self._modules.model, batch.pictures)
+        loss, metrics = self._heads(hidden, batch.labels, batch.facts)
+        if self._modules.clip is None:
+            return loss, metrics
+        # Its gradients are so large that the encoder would learn little else, and it needs nothing the labels miss.
+        patches = hidden.patches[0].detach()
+        grounding, found = ground(self._modules.clip, patches, batch.questions, batch.asked, batch.referred)
+        return loss + grounding, metrics | found
+
+
+class AnswersStage:
+    """Projector and language model learn to answer; the encoder stays as it is."""
+
+    name = "answers"
+
+    def __init__(self, recipe: Recipe, modules: Modules, device: torch.device, scale: float, fresh: bool) -> None:
+        self.optimisation = recipe.answers
+        self.steps = self.optimisation.scaled(scale)
+        self.data = AnswersBatches(recipe, self.steps)
+        self._recipe, self._model = recipe, modules.model
+        projector = set(architectures.projector(modules.model).parameters())
+        for weight in recipe.family.encoder(modules.model).parameters():
+            weight.requires_grad_(weight in projector)
+        if fresh and not recipe.keeps_language_model:
+            self._initialise(device)
+        self.trained = [weight for weight in modules.model.parameters() if weight.requires_grad]
+
+    def loss(self, batch: AnswersBatch, step: int) -> tuple[Tensor, Metrics]:
+        prefix = self._recipe.family.prefix(self._model, batch.pictures)
+        features = self._recipe.family.features(self._model, batch.pictures)
+        dropout = self._dropout(prefix, len(batch.ids), step)
+        loss, metrics = answer(
+            self._model, features, prefix, dropout, batch.ids, batch.block, batch.offset, batch.target
+        )
+        complete = dropout.kept.shape[1] == len(prefix.ids)
+        return loss, metrics if complete else {f"{key} on fewer tokens": value for key, value in metrics.items()}
+
+    def _dropout(self, prefix: Prefix, rows: int, step: int) -> Dropout:
+        """All tokens, or a share between all and a twentieth, the logarithm of which is uniform."""
+        generator = torch.Generator().manual_seed(self._recipe.seed * 1_000_003 + step)
+        dropping, share, renumbering = torch.rand(3, generator=generator).tolist()
+        if dropping >= self._recipe.dropout:
+            return keep_all(prefix, rows)
+        renumbered = renumbering < 0.5 and len(prefix.positions) == 1  # M-RoPE always keeps its ids
+        return drop(prefix, rows, _FEWEST_KEPT**share, renumbered, generator)
+
+    def _initialise(self, device: torch.device) -> None:
+        """Scale the fresh language model to what the encoder says."""
+        seen: list[Tensor] = []
+        projector = architectures.projector(self._model)
+        hook = projector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].float()))
+        try:
+            with torch.no_grad():
+                for number in range(_SCALE_BATCHES):
+                    self._recipe.family.features(self._model, self.data[number].pictures.to(device))
+        finally:
+            hook.remove()
+        normalises = hasattr(projector, "ln_q")
+        rms = 1.0 if normalises else math.sqrt(sum(float(states.pow(2).mean()) for states in seen) / len(seen))
+        torch.manual_seed(self._recipe.seed)
+        architectures.initialise_language_model(self._model, rms)
+
+
+Stage = VisionStage | AnswersStage
