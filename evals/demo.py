@@ -18,51 +18,76 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mmcompress
 from mmcompress.evals import report
-from mmcompress.evals.micro import MICROVQA_PATH, MODEL_PATH, Question, load_microvqa, prompt
+from mmcompress.evals.micro import DEFAULT_MODEL, MICROVQA_PATH, Question, load_microvqa, model_path
+from mmcompress.evals.micro.notes import UNLEARNT
+from mmcompress.evals.micro.processing import load_processor
 from mmcompress.evals.overlay import original, overlay, side_by_side
-from mmcompress.evals.runner import Result, Run, evaluate, open_image
+from mmcompress.evals.runner import Result, Run, evaluate, open_image, prompt
 from mmcompress.evals.statistics import clustered_mean
 
 METHODS = ("random", "uniform", "pool", "vtc-cls", "todre")
+METHODS_WITHOUT_CLS = ("random", "uniform", "pool", "vtc-cls(score=received)", "todre")
 KEEPS = (0.5, 0.25, 0.1, 0.05)
-RUNS: tuple[Run, ...] = ((None, 1.0), *((method, keep) for keep in KEEPS for method in METHODS))
 PICTURED_KEEP = 0.1
 BATCH_SIZE = 64
 
 
-def load_micro() -> tuple[Any, Any]:
-    """The embedded model in float32 on the CPU, and its processor."""
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(MODEL_PATH, dtype=torch.float32)
-    return model.eval(), transformers.AutoProcessor.from_pretrained(MODEL_PATH)
+def load_micro(name: str = DEFAULT_MODEL) -> tuple[Any, Any]:
+    """An embedded model in float32 on the CPU, and its processor.
+
+    Raises:
+        SpecError: there is none of that name.
+    """
+    path = model_path(name)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), load_processor(path)
 
 
-def demo(out: Path, limit: int | None = None, threads: int = 1, console: Console | None = None) -> None:
-    """Evaluate `RUNS`, print the table, and write `table.md`, `results.json` and `overlay.png` to `out`.
+def choose_runs(model: Any) -> list[Run]:
+    """The unpruned model, then every method at every budget."""
+    has_cls = model.config.vision_config.model_type == "clip_vision_model"
+    methods = METHODS if has_cls else METHODS_WITHOUT_CLS
+    return [(None, 1.0), *((method, keep) for keep in KEEPS for method in methods)]
+
+
+def demo(
+    out: Path,
+    limit: int | None = None,
+    threads: int = 1,
+    console: Console | None = None,
+    name: str = DEFAULT_MODEL,
+) -> None:
+    """Evaluate `choose_runs`, print the table, and write `table.md`, `results.json` and `overlay.png` to `out`.
+
+    Questions of forms that the model never learnt are left out.
 
     Args:
         out: a directory, made if missing.
         limit: only the first questions.
         threads: CPU threads for torch; more than are idle make so small a model many times slower.
         console: where to print.
+        name: of the embedded model.
 
     Raises:
-        SpecError: `limit` is not positive.
+        SpecError: `limit` is not positive, or there is no such model.
         OSError: `out` cannot be written to.
     """
     console = console or Console()
-    questions = load_microvqa(limit)
+    unlearnt = UNLEARNT.get(name, frozenset())
+    questions = [asked for asked in load_microvqa(limit) if asked.form not in unlearnt]
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
-    model, processor = load_micro()
+    model, processor = load_micro(name)
+    runs = choose_runs(model)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("answering", total=len(questions) * len(RUNS))
+        task = progress.add_task("answering", total=len(questions) * len(runs))
         results = evaluate(
             model,
             processor,
             questions,
             MICROVQA_PATH,
-            RUNS,
+            runs,
             batch_size=BATCH_SIZE,
             progress=lambda answered: progress.advance(task, answered),
         )
@@ -84,7 +109,7 @@ def picture(model: Any, processor: Any, questions: Sequence[Question], results: 
     asked_at = _telling_question(questions, results)
     asked = questions[asked_at]
     image = open_image(MICROVQA_PATH / asked.image)
-    inputs = processor(images=image, text=prompt(asked.question), return_tensors="pt")
+    inputs = processor(images=image, text=prompt(processor, asked.question), return_tensors="pt")
     panels = []
     for result in results:
         answer = f"answer: {result.answers[asked_at].text}"

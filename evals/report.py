@@ -18,7 +18,6 @@ COLUMNS = (
     ("keep", ""),
     ("accuracy", "±95 %"),
     ("vs random", "±SE"),
-    ("without", "spatial"),
     ("invalid", "%"),
     ("retained", "%"),
     ("tokens", "/image"),
@@ -32,14 +31,13 @@ COLUMNS = (
 )
 """Heading and unit of every column."""
 
-WIDTH = 118
+WIDTH = 110
 """Characters the table is wide."""
 
 NOTES = (
     "accuracy: exact match in %, 95 % interval clustered by image; vs random: points above random tokens at the same "
     "keep on the same questions, clustered standard error; retained: share of the unpruned accuracy.",
     "random keeps one fixed subset for all images; the errors do not contain the luck of that subset.",
-    "without spatial: accuracy without the spatial questions, which this model answers at chance whatever is kept.",
     "tokens: visual tokens that enter the LLM, and their mean over its layers; GFLOP, kB and ms are per question. "
     "Times are medians over batches on this machine, none saved by reusing encoded images.",
 )
@@ -90,14 +88,12 @@ def _row(
     right, cost = scores(result), result.cost
     accuracy = clustered_mean(right, images)
     against = None if random is None or result.method in (None, "random") else paired_difference(right, random, images)
-    other = [score for score, asked in zip(right, questions, strict=True) if asked.type != "spatial"]
     invalid = sum(not answer.valid for answer in result.answers) / len(result.answers)
     return [
         result.method or "unpruned",
         f"{100 * result.keep:g}%" if isinstance(result.keep, float) else str(result.keep),
         f"{100 * accuracy.value:.1f} ±{100 * accuracy.margin:.1f}",
         "" if against is None else _points(against),
-        f"{100 * sum(other) / len(other):.1f}" if other else "",
         f"{100 * invalid:.1f}",
         f"{100 * accuracy.value / (sum(unpruned) / len(unpruned)):.1f}" if unpruned and any(unpruned) else "",
         f"{cost.kept:.0f}",

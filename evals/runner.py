@@ -14,11 +14,13 @@ from PIL import Image, ImageOps
 from mmcompress.accounting import StageSeconds, Stats
 from mmcompress.errors import InputError, SpecError, unknown_name
 from mmcompress.evals import micro
-from mmcompress.evals.micro.vocabulary import COLOR_NAMES, OPTION_LETTERS, SHAPE_NAMES
+from mmcompress.evals.micro.vocabulary import COLOR_NAMES, DIGITS, LETTERS, OPTION_LETTERS, SHAPE_NAMES
 from mmcompress.integrations.hf import wrap
 
 Run = tuple[str | None, int | float]
 """A method spec without budget, and `keep`; the spec None stands for the unpruned model."""
+
+Images = Path | Mapping[str, Image.Image]
 
 # Keeping all tokens gives the plain model's logits bit for bit, and the same hooks that time every other run.
 UNPRUNED = ("uniform", 1.0)
@@ -28,8 +30,9 @@ _CLOSED_ANSWERS = {
     "spatial": {"yes", "no"},
     "choice": {letter.lower() for letter in OPTION_LETTERS},
     "attribute": {*COLOR_NAMES, *SHAPE_NAMES},
+    "compose": {"yes", "no", *COLOR_NAMES, *SHAPE_NAMES},
 }
-_NUMBERS = {"count", "read"}
+_CHARACTERS = {*DIGITS, *LETTERS.lower()}
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class Answer:
             SpecError: the question is of no known type.
         """
         given = text.strip().lower()
-        if question.type in _NUMBERS:
+        if question.type == "count":
             valid = given.replace(" ", "").isdecimal()
+        elif question.type == "read":
+            valid = given != "" and set(given.split()) <= _CHARACTERS
         elif question.type in _CLOSED_ANSWERS:
             valid = given in _CLOSED_ANSWERS[question.type]
         else:
-            raise unknown_name("question type", question.type, _NUMBERS | set(_CLOSED_ANSWERS))
+            raise unknown_name("question type", question.type, {"count", "read", *_CLOSED_ANSWERS})
         return cls(text.strip(), given == question.answer.strip().lower(), valid)
 
 
@@ -112,12 +117,11 @@ def evaluate(
     model: Any,
     processor: Any,
     questions: Sequence[micro.Question],
-    image_root: Path,
+    images: Images,
     runs: Sequence[Run],
     *,
     batch_size: int = 64,
-    max_new_tokens: int = 4,
-    prompt: Callable[[str], str] = micro.prompt,
+    max_new_tokens: int = 8,
     progress: Callable[[int], None] = lambda answered: None,
 ) -> list[Result]:
     """Answer every question greedily in every run; the model is left as it was.
@@ -128,12 +132,11 @@ def evaluate(
     Args:
         model: a supported transformers model that is not wrapped.
         processor: its processor.
-        questions: what to ask; `image` is relative to `image_root`.
-        image_root: where the images are.
+        questions: what to ask.
+        images: the folder that `image` of a question is relative to, or the pictures by that name.
         runs: methods and budgets.
         batch_size: questions asked at once, padded on the left.
         max_new_tokens: the longest answer.
-        prompt: writes the prompt for a question, image placeholder included.
         progress: told after every batch of every run how many questions were answered.
 
     Raises:
@@ -152,7 +155,7 @@ def evaluate(
         by_method.setdefault(method, {})[number] = keep
 
     for first, batch in enumerate(_batches(questions, batch_size)):
-        inputs = _encode(processor, batch, image_root, prompt).to(model.device, model.dtype)
+        inputs = _encode(processor, batch, images).to(model.device, model.dtype)
         generate = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False}
         if first == 0:
             model.generate(**generate)  # the first pass of a process is slow and would be booked on the first run
@@ -200,11 +203,18 @@ def _batches(questions: Sequence[micro.Question], size: int) -> Iterator[list[mi
         yield batch
 
 
-def _encode(processor: Any, batch: Sequence[micro.Question], root: Path, prompt: Callable[[str], str]) -> Any:
-    images: Mapping[str, Image.Image] = {name: open_image(root / name) for name in {asked.image for asked in batch}}
+def prompt(processor: Any, question: str) -> str:
+    """One picture and `question` in the chat format of a model."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+
+
+def _encode(processor: Any, batch: Sequence[micro.Question], images: Images) -> Any:
+    names = {asked.image for asked in batch}
+    pictures = images if isinstance(images, Mapping) else {name: open_image(images / name) for name in names}
     return processor(
-        images=[[images[asked.image]] for asked in batch],
-        text=[prompt(asked.question) for asked in batch],
+        images=[[pictures[asked.image]] for asked in batch],
+        text=[prompt(processor, asked.question) for asked in batch],
         padding=True,
         padding_side="left",
         return_tensors="pt",

@@ -20,15 +20,12 @@ from typer.core import TyperGroup
 
 import mmcompress
 from mmcompress.errors import InputError, MMCompressError, SpecError, UnsupportedError
+from mmcompress.evals.micro import DEFAULT_MODEL, MODELS
 
 if typing.TYPE_CHECKING:
     from PIL.Image import Image
 
     from mmcompress.spec import CompressionConfig
-
-
-EMBEDDED = "micro"
-"""The model name that stands for the one inside the package."""
 
 
 class _Commands(TyperGroup):
@@ -62,7 +59,7 @@ app = typer.Typer(
 )
 
 _KEEP_HELP = "What stays per image: a fraction such as 0.25, or a token count such as 36 (1 is one token, 1.0 all)."
-_MODEL_HELP = f"A Hugging Face folder or hub name; '{EMBEDDED}' is the model inside the package."
+_MODEL_HELP = f"A Hugging Face folder or hub name; '{DEFAULT_MODEL}' is the model inside the package."
 
 
 def main() -> None:
@@ -169,8 +166,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the table, the picture and all answers.")] = Path("demo"),
     limit: Annotated[int | None, typer.Option(help="Ask only the first N questions.", metavar="N")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; more only help on idle cores.", min=1)] = 1,
+    model: Annotated[str, typer.Option(help=f"An embedded model: {', '.join(MODELS)}.")] = DEFAULT_MODEL,
 ) -> None:
-    """Compare five methods at four budgets on the embedded model, offline, in a minute or two.
+    """Compare five methods at four budgets on an embedded model, offline, in a few minutes.
 
     Try:
 
@@ -180,7 +178,7 @@ def demo(
     _quieten()
     from mmcompress.evals.demo import demo as run_demo
 
-    run_demo(out, limit, threads, Console())
+    run_demo(out, limit, threads, Console(), model)
 
 
 @app.command()
@@ -199,7 +197,7 @@ def run(
 
     Try:
 
-      mmcompress run micro --image scene.png --question "what color is the star ?" --method todre --keep 0.1
+      mmcompress run micro-llava --image scene.png --question "what color is the star ?" --method todre --keep 0.1
       mmcompress run llava-hf/llava-1.5-7b-hf --image a.jpg --image b.jpg --question "What differs?" \
 --method vtc-cls --keep 128
     """
@@ -242,7 +240,7 @@ def show(
     method: Annotated[str, typer.Option(help="Methods or specs, separated by commas.")],
     keep: Annotated[str | None, typer.Option(help=_KEEP_HELP)] = None,
     out: Annotated[Path, typer.Option(help="The picture to write; its ending says the format.")] = Path("kept.png"),
-    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = EMBEDDED,
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = DEFAULT_MODEL,
 ) -> None:
     """Draw the tokens that methods keep over a picture, side by side.
 
@@ -357,10 +355,10 @@ def _load(name: str) -> tuple[Any, Any]:
 
     from mmcompress.integrations.hf.families import FAMILIES
 
-    if name == EMBEDDED:
+    if name in MODELS:
         from mmcompress.evals.demo import load_micro
 
-        return load_micro()
+        return load_micro(name)
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UnsupportedError(f"model folder {name} does not exist.")
     try:
@@ -458,7 +456,7 @@ def _attention() -> str:
     """The attention each part of the embedded model runs on while a method taps it."""
     from transformers.utils.import_utils import is_flash_attn_2_available
 
-    model, _ = _load(EMBEDDED)
+    model, _ = _load(DEFAULT_MODEL)
     with mmcompress.wrap(model, "todre", keep=0.5) as handle:
         tapped = sorted({layer for layers in handle.needs.layers().values() for layer in layers})
         vision, text = (part._attn_implementation for part in (model.config.vision_config, model.config.text_config))
@@ -475,7 +473,7 @@ def _self_test() -> str:
     for plugin in METHODS.plugins():
         METHODS.get(plugin)
     names = [name for name in METHODS.names() if name not in METHODS.plugins()]
-    model, processor = _load(EMBEDDED)
+    model, processor = _load(DEFAULT_MODEL)
     evaluate(model, processor, load_microvqa(1), MICROVQA_PATH, [(name, 0.5) for name in names])
     return f"{', '.join(names)}: each answered a question with the embedded model"
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner, Result
 import mmcompress
 from mmcompress import cli
 from mmcompress.budget import Budget
+from mmcompress.evals.demo import KEEPS
 from mmcompress.evals.demo import METHODS as DEMO_METHODS
-from mmcompress.evals.demo import RUNS
-from mmcompress.evals.micro import MICROVQA_PATH, MODEL_PATH
+from mmcompress.evals.micro import MICROVQA_PATH, model_path
 from mmcompress.evals.overlay import SIDE
 from mmcompress.registry import METHODS
 
@@ -45,7 +45,7 @@ def fail(*arguments: object) -> str:
 
 
 def ask(*arguments: object) -> tuple[object, ...]:
-    return ("run", "micro", "--image", PICTURE, "--question", QUESTION, *arguments)
+    return ("run", "micro-llava", "--image", PICTURE, "--question", QUESTION, *arguments)
 
 
 def test_version() -> None:
@@ -111,32 +111,32 @@ def test_info_says_what_a_method_needs_of_every_family() -> None:
 def test_run_prints_both_answers_and_the_savings() -> None:
     text = succeed(*ask("--method", "todre", "--keep", "0.1"))
     assert "unpruned orange todre(keep=0.1) orange" in text
-    assert "144 of 144 │ 14 of 144" in text and "encoder ms" in text and "GFLOP" in text
+    assert "256 of 256 │ 25 of 256" in text and "encoder ms" in text and "GFLOP" in text
 
 
-@pytest.mark.parametrize(("keep", "kept"), [("1", 1), ("1.0", 144), ("36", 36), ("0.25", 36), (".05", 7)])
+@pytest.mark.parametrize(("keep", "kept"), [("1", 1), ("1.0", 256), ("64", 64), ("0.25", 64), (".05", 12)])
 def test_digits_are_a_count_and_everything_else_a_fraction(keep: str, kept: int) -> None:
-    assert f"│ {kept} of 144 │" in succeed(*ask("--method", "uniform", "--keep", keep))
+    assert f"│ {kept} of 256 │" in succeed(*ask("--method", "uniform", "--keep", keep))
 
 
 def test_run_takes_several_images_positions_and_a_budget_in_the_spec() -> None:
     text = succeed(*ask("--image", PICTURE, "--method", "todre(keep=0.25)", "--positions", "original"))
-    assert "288 of 288 │ 72 of 288" in text
+    assert "512 of 512 │ 128 of 512" in text
 
 
 def test_show_draws_what_was_kept(tmp_path: Path) -> None:
     out = tmp_path / "kept.png"
-    succeed("show", PICTURE, "--method", "uniform,todre(objective=k-center)", "--keep", 36, "--out", out)
+    succeed("show", PICTURE, "--method", "uniform,todre(objective=k-center)", "--keep", 64, "--out", out)
     with Image.open(out) as image, Image.open(PICTURE) as source:
         drawn, picture = image.convert("RGB"), source.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     gap = 10
     assert drawn.width == 3 * SIDE + 2 * gap and SIDE < drawn.height < SIDE + 60
     panels = [drawn.crop((x, 0, x + SIDE, SIDE)) for x in (0, SIDE + gap)]
     assert panels[0].tobytes() == picture.tobytes()
-    kept = {(2 * step + 1) * 144 // 72 for step in range(Budget(36).tokens(144))}
-    cell = SIDE // 12
-    for token in range(144):
-        row, column = divmod(token, 12)
+    kept = {(2 * step + 1) * 256 // 128 for step in range(Budget(64).tokens(256))}
+    cell = SIDE // 16
+    for token in range(256):
+        row, column = divmod(token, 16)
         inside = (column * cell + 2, row * cell + 2, (column + 1) * cell - 2, (row + 1) * cell - 2)
         same = panels[1].crop(inside).tobytes() == picture.crop(inside).tobytes()
         assert same == (token in kept)
@@ -145,11 +145,12 @@ def test_show_draws_what_was_kept(tmp_path: Path) -> None:
 def test_demo_writes_table_answers_and_picture(tmp_path: Path) -> None:
     text = succeed("demo", "--limit", 9, "--out", tmp_path / "new" / "demo")
     written = tmp_path / "new" / "demo"
+    runs = 1 + len(KEEPS) * len(DEMO_METHODS)
     assert "unpruned" in text and text.count("todre") == 4
-    assert sum(line.startswith("|") for line in (written / "table.md").read_text().splitlines()) == 2 + len(RUNS)
+    assert sum(line.startswith("|") for line in (written / "table.md").read_text().splitlines()) == 2 + runs
     record = json.loads((written / "results.json").read_text())
-    assert len(record["questions"]) == 9 and len(record["runs"]) == len(RUNS)
-    assert all(len(run["answers"]) == 9 and run["cost"]["kept"] <= 144 for run in record["runs"])
+    assert len(record["questions"]) == 9 and len(record["runs"]) == runs
+    assert all(len(run["answers"]) == 9 and run["cost"]["kept"] <= 256 for run in record["runs"])
     assert record["environment"]["transformers"] == transformers.__version__
     assert {"mmcompress", "python", "torch", "cpu", "threads", "command"} <= set(record["environment"])
     with Image.open(written / "overlay.png") as image:
@@ -205,10 +206,11 @@ def test_a_mistake_gets_one_clear_line(arguments: tuple[object, ...], message: s
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", PICTURE.read_bytes()[:3000]])
+@pytest.mark.parametrize("content", [b"", b"not a picture", PICTURE.read_bytes()[:1000]])
 def test_a_corrupt_image_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.png").write_bytes(content)
-    stderr = fail("run", "micro", "--image", tmp_path / "bad.png", "--question", "?", "--method", "todre", "--keep", 9)
+    picture = tmp_path / "bad.png"
+    stderr = fail("run", "micro-llava", "--image", picture, "--question", "?", "--method", "todre", "--keep", 9)
     assert "bad.png cannot be read" in stderr
 
 
@@ -221,21 +223,21 @@ def test_a_folder_without_a_supported_model_is_named(tmp_path: Path) -> None:
     transformers.LlamaConfig().save_pretrained(tmp_path)
     assert "is of type 'llama'; supported families: internvl, llava" in refuse(tmp_path)
     for name in ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((MODEL_PATH / name).read_bytes())
+        (tmp_path / name).write_bytes((model_path() / name).read_bytes())
     assert "cannot load model" in refuse(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((MODEL_PATH / "model.safetensors").read_bytes()[:1000])
+    (tmp_path / "model.safetensors").write_bytes((model_path() / "model.safetensors").read_bytes()[:1000])
     assert "cannot load model" in refuse(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((MODEL_PATH / "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((model_path() / "model.safetensors").read_bytes())
     assert "has no chat template" in refuse(tmp_path)
 
 
 def test_a_model_folder_works_like_the_embedded_model(tmp_path: Path) -> None:
     out = tmp_path / "kept.png"
-    succeed("show", PICTURE, "--method", "todre", "--keep", 0.5, "--model", MODEL_PATH, "--out", out)
+    succeed("show", PICTURE, "--method", "todre", "--keep", 0.5, "--model", model_path(), "--out", out)
     assert out.exists()
 
 
-@pytest.mark.parametrize("arguments", [("frobnicate",), ("run", "micro"), ("demo", "--threads", "0"), ("info",)])
+@pytest.mark.parametrize("arguments", [("frobnicate",), ("run", "micro-llava"), ("demo", "--threads", "0"), ("info",)])
 def test_wrong_usage_points_to_the_help(arguments: tuple[str, ...]) -> None:
     assert "-h" in fail(*arguments)
 

@@ -173,7 +173,10 @@ def test_packing_leaves_out_what_does_not_fit() -> None:
 
 
 def test_batches_depend_on_their_number_only() -> None:
-    for data in (VisionBatches(find_recipe("micro-llava"), 9), AnswersBatches(find_recipe("micro-video"), 9)):
+    for data in (
+        VisionBatches(find_recipe("micro-llava"), 9),
+        AnswersBatches(find_recipe("micro-video"), "answers", 9),
+    ):
         first, again, other = data[3], data[3], data[4]
         assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
         assert not torch.equal(first.pictures[0, 0, :168, :168], other.pictures[0, 0, :168, :168])
@@ -186,7 +189,7 @@ def test_learning_rate() -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> float:
-    """A scale at which a stage of micro-llava-draft takes four steps, each a line of the log."""
+    """A scale at which the answers stage of micro-llava-draft takes four steps, each a line of the log."""
     monkeypatch.setattr(trainer, "_LOG_EVERY", 1)
     return 4 / find_recipe("micro-llava-draft").answers.steps
 
@@ -211,21 +214,28 @@ def test_an_interrupted_run_is_the_run_it_would_have_been(llava: Path, tiny: flo
         rows = [json.loads(row) for row in (folder / LOG).read_text().splitlines()]
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
-    assert len(curve(tmp_path / "whole")) == 4
+    assert [row["stage"] for row in curve(tmp_path / "whole")] == [*4 * ["answers"], "pruned"]
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
     weights = [load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert (tmp_path / "whole" / CURVES).exists()
 
 
-def test_the_twin_takes_the_encoder_and_leaves_it_alone(llava: Path, tiny: float, tmp_path: Path) -> None:
-    assert Trainer("micro-llava-nodrop", tmp_path, start=llava, scale=tiny / 2).run()
-    start, twin = (
-        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+def test_a_draft_takes_the_encoder_and_leaves_it_alone(llava: Path, tiny: float, tmp_path: Path) -> None:
+    assert Trainer("micro-llava-draft", tmp_path, start=llava, scale=tiny / 4).run()
+    start, draft = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.vision_tower.state_dict()
         for folder in (llava, tmp_path)
     )
-    same = {name for name in start if start[name].ndim > 1 and torch.equal(start[name], twin[name])}
-    assert same == {name for name in start if start[name].ndim > 1 and "vision_tower" in name}
+    assert all(torch.equal(start[name], draft[name]) for name in start)
+
+
+def test_the_twin_is_the_model_before_its_last_stage(tmp_path: Path) -> None:
+    runs = {name: Trainer(name, tmp_path / name, scale=1e-6) for name in ("micro-llava", "micro-llava-nodrop")}
+    assert all(run.run() for run in runs.values())
+    stages = {name: [(row["stage"], row["loss"]) for row in run.rows] for name, run in runs.items()}
+    assert [stage for stage, _ in stages["micro-llava"]] == ["vision", "answers", "pruned"]
+    assert stages["micro-llava-nodrop"] == stages["micro-llava"][:2]
 
 
 def test_bad_starts_are_refused(llava: Path, tiny: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +291,6 @@ def test_every_recipe_with_a_start_trains(name: str, models: dict[str, Any], lla
     source = find_recipe(name).start
     assert source is not None
     export.write(Modules.build(find_recipe(source)), find_recipe(source), tmp_path / "start")
-    scale = 2 / find_recipe(name).answers.steps
+    scale = 1 / find_recipe(name).answers.steps
     assert Trainer(name, tmp_path / "run", start=tmp_path / "start", scale=scale).run()
     AutoModelForImageTextToText.from_pretrained(tmp_path / "run")

@@ -11,7 +11,6 @@ from torch.nn import functional
 from mmcompress.evals.micro.training.architectures import TOKEN_IDS
 from mmcompress.evals.micro.training.families import Prefix
 from mmcompress.evals.micro.training.targets import IGNORE
-from mmcompress.evals.micro.training.vision import Metrics
 
 
 class Dropout(NamedTuple):
@@ -49,7 +48,7 @@ def answer(
     block: Tensor,
     offset: Tensor,
     target: Tensor,
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Tensor]:
     """The loss of the answers' tokens, and the share of them said right.
 
     Args:
@@ -83,7 +82,7 @@ def answer(
     loss = functional.cross_entropy(logits, wanted)
     with torch.no_grad():
         said = wanted != TOKEN_IDS["</s>"]
-        return loss, {"answers": (logits.argmax(1) == wanted)[said].float().mean()}
+        return loss, (logits.argmax(1) == wanted)[said].float().mean()
 
 
 def _visible(shown: int, block: Tensor) -> Tensor:

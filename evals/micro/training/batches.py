@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,18 +16,22 @@ from mmcompress.evals.micro.clips import draw_clip, draw_clip_question
 from mmcompress.evals.micro.compare import draw_pair, draw_pair_question
 from mmcompress.evals.micro.questions import Asked, draw_question
 from mmcompress.evals.micro.render import render
-from mmcompress.evals.micro.scene import Style, crowded, draw_scene
+from mmcompress.evals.micro.scene import Scene, Style, crowded, draw_scene
 from mmcompress.evals.micro.training.architectures import END_OF_TEXT, TOKEN_IDS
 from mmcompress.evals.micro.training.families import PATCH
 from mmcompress.evals.micro.training.packing import pack, tokenize
 from mmcompress.evals.micro.training.recipes import Recipe
-from mmcompress.evals.micro.training.targets import targets
+from mmcompress.evals.micro.training.targets import FIELDS, targets
 
-_VISION, _ANSWERS = 0, 1
+_SERIES = {"vision": 0, "answers": 1, "pruned": 2}
 _CROWDED_SHARE = 0.8
 _BIG_OBJECTS_UNTIL = 0.4
 _FEWEST_SHAPES = 2
 _MOST_SHAPES = (2, 4, 6, 8)
+# A fresh language model begins with questions about single objects in pictures that show few.
+_EASY_UNTIL = 0.4
+_EASY_MOST_SHAPES = (2, 4)
+_EASY_FORMS = ("exist", "color", "shape", "kind-count", "color-count", "side")
 _FRAMES = (4, 6, 8)
 _GROUNDED_PER_PICTURE = 2
 _QUESTION_LENGTH = 32
@@ -44,9 +49,10 @@ class VisionBatch(NamedTuple):
 
 
 class AnswersBatch(NamedTuple):
-    """Pictures, pairs or clips with packed questions, see `answer`."""
+    """Pictures, pairs or clips with packed questions, see `answer`, and labels of the tokens where those are taught."""
 
     pictures: Tensor
+    labels: Tensor
     ids: Tensor
     block: Tensor
     offset: Tensor
@@ -64,7 +70,7 @@ class VisionBatches(Dataset[VisionBatch]):
         return self._steps
 
     def __getitem__(self, step: int) -> VisionBatch:
-        rng = np.random.default_rng((self._recipe.seed, _VISION, step))
+        rng = np.random.default_rng((self._recipe.seed, _SERIES["vision"], step))
         big = max(0.0, 1 - step / (_BIG_OBJECTS_UNTIL * self._steps))
         plain = _style(rng, self._recipe, (_FEWEST_SHAPES, _MOST_SHAPES[-1]), big)
         scenes = [
@@ -95,36 +101,50 @@ class VisionBatches(Dataset[VisionBatch]):
 class AnswersBatches(Dataset[AnswersBatch]):
     """What the language model is asked."""
 
-    def __init__(self, recipe: Recipe, steps: int) -> None:
-        self._recipe, self._steps = recipe, steps
+    def __init__(self, recipe: Recipe, stage: Literal["answers", "pruned"], steps: int) -> None:
+        optimisation = recipe.answers if stage == "answers" else recipe.pruned
+        assert optimisation is not None
+        self._recipe, self._stage, self._steps, self._rows = recipe, stage, steps, optimisation.batch
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, step: int) -> AnswersBatch:
         recipe = self._recipe
-        rng = np.random.default_rng((recipe.seed, _ANSWERS, step))
-        style = _style(rng, recipe, (_FEWEST_SHAPES, int(rng.choice(_MOST_SHAPES))))
+        rng = np.random.default_rng((recipe.seed, _SERIES[self._stage], step))
+        fresh = self._stage == "answers" and not recipe.keeps_language_model
+        easy = fresh and step < _EASY_UNTIL * self._steps
+        if easy:
+            recipe = replace(recipe, pairs=0.0, forms={form: recipe.forms[form] for form in _EASY_FORMS})
+        style = _style(rng, recipe, (_FEWEST_SHAPES, int(rng.choice(_EASY_MOST_SHAPES if easy else _MOST_SHAPES))))
         frames, comparing = int(rng.choice(_FRAMES)), bool(rng.random() < recipe.pairs)
         rows = []
-        for _ in range(recipe.answers.batch):
-            pictures, draw = _material(rng, recipe, style, frames, comparing)
-            rows.append((pictures, *pack(draw, recipe.length)))
+        for _ in range(self._rows):
+            scenes, pictures, draw = _material(rng, recipe, style, frames, comparing)
+            rows.append((pictures, _token_labels(recipe, scenes), *pack(draw, recipe.length)))
         return AnswersBatch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
 def _material(
     rng: np.random.Generator, recipe: Recipe, style: Style, frames: int, comparing: bool
-) -> tuple[NDArray[np.uint8], Callable[[], Asked | None]]:
-    """Pictures of one prompt [pictures, height, width, 3], and what draws questions about them."""
+) -> tuple[Sequence[Scene], NDArray[np.uint8], Callable[[], Asked | None]]:
+    """Scenes and pictures of one prompt [pictures, height, width, 3], and what draws questions about them."""
     if recipe.clips:
         clip = draw_clip(rng, style, frames)
-        return clip.pictures, lambda: draw_clip_question(rng, clip)
+        return clip.scenes, clip.pictures, lambda: draw_clip_question(rng, clip)
     if comparing:
         pair = draw_pair(rng, style)
-        return np.stack(pair.pictures), lambda: draw_pair_question(rng, pair)
+        return pair.scenes, np.stack(pair.pictures), lambda: draw_pair_question(rng, pair)
     scene = draw_scene(rng, style)
-    return render(rng, scene)[None], lambda: draw_question(rng, scene, recipe.forms)
+    return [scene], render(rng, scene)[None], lambda: draw_question(rng, scene, recipe.forms)
+
+
+def _token_labels(recipe: Recipe, scenes: Sequence[Scene]) -> NDArray[np.int64]:
+    """Labels of all tokens of a prompt [fields, tokens], no tokens if they are not taught."""
+    if recipe.token_patch is None:
+        return np.empty((len(FIELDS), 0), np.int64)
+    labels = [targets(scene, recipe.token_patch).patches.reshape(len(FIELDS), -1) for scene in scenes]
+    return np.concatenate(labels, 1)
 
 
 def _style(rng: np.random.Generator, recipe: Recipe, shapes: tuple[int, int], big: float = 0.0) -> Style:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmcompress.errors import unknown_name
@@ -60,13 +60,14 @@ class Recipe:
         family: how its architecture takes pictures.
         build: makes the model, untrained.
         answers: training of projector and language model, the encoder frozen.
+        pruned: more of the same, most batches seeing only some of their visual tokens.
         vision: training of the encoder; without it the encoder comes from `start`.
         start: another recipe whose finished model gives the encoder.
         keeps_language_model: whether it also gives projector and language model.
         canvases: (width, height) of the pictures, one drawn per batch.
         pairs: share of batches that compare two pictures.
         clips: whether clips are asked about, not pictures.
-        dropout: share of batches that see only some of their visual tokens.
+        token_patch: px of a picture that one LLM token stands for, if the projector is to be taught what tokens show.
         length: tokens of packed questions per row.
         font_sizes: of the signs, in px.
         text_tower: whether to train a CLIP text tower beside the encoder.
@@ -76,13 +77,14 @@ class Recipe:
     family: Family
     build: Callable[[], Any]
     answers: Optimisation
+    pruned: Optimisation | None = None
     vision: Optimisation | None = None
     start: str | None = None
     keeps_language_model: bool = False
     canvases: tuple[tuple[int, int], ...] = ((224, 224),)
     pairs: float = 0.0
     clips: bool = False
-    dropout: float = 0.4
+    token_patch: int | None = None
     length: int = 160
     font_sizes: tuple[int, ...] = (15, 18, 22)
     text_tower: bool = False
@@ -91,33 +93,29 @@ class Recipe:
     forms: Mapping[str, float] = field(default_factory=lambda: dict(FORMS))
 
 
-def _micro_llava() -> Any:
-    return architectures.llava(architectures.clip_vision(224), architectures.llama())
-
+_MICRO_LLAVA = Recipe(
+    summary="LLaVA-1.5 with 256 visual tokens, trained to answer from all of them and from some",
+    family=Llava(),
+    build=lambda: architectures.llava(architectures.clip_vision(224), architectures.llama()),
+    vision=Optimisation(steps=4000, learning_rate=1.2e-3),
+    answers=Optimisation(steps=3000, batch=10),
+    pruned=Optimisation(steps=300, batch=10, learning_rate=8e-4),
+    token_patch=14,
+    text_tower=True,
+)
 
 RECIPES: Mapping[str, Recipe] = {
-    "micro-llava": Recipe(
-        summary="LLaVA-1.5 with 256 visual tokens, trained with visual tokens missing in part",
-        family=Llava(),
-        build=_micro_llava,
-        vision=Optimisation(steps=4200, batch=16, learning_rate=1.2e-3),
-        answers=Optimisation(steps=2400),
-        text_tower=True,
-    ),
-    "micro-llava-nodrop": Recipe(
-        summary="twin of micro-llava that always saw all visual tokens",
-        family=Llava(),
-        build=_micro_llava,
-        start="micro-llava",
-        answers=Optimisation(steps=2400),
-        dropout=0.0,
+    "micro-llava": _MICRO_LLAVA,
+    "micro-llava-nodrop": replace(
+        _MICRO_LLAVA, summary="micro-llava before its last stage: it always saw all visual tokens", pruned=None
     ),
     "micro-llava-draft": Recipe(
         summary="a smaller LLaVA of the same tokenizer, to draft for micro-llava",
         family=Llava(),
         build=lambda: architectures.llava(architectures.clip_vision(224), architectures.llama(hidden=128, layers=2)),
         start="micro-llava",
-        answers=Optimisation(steps=2400),
+        answers=Optimisation(steps=1200),
+        pruned=Optimisation(steps=300, learning_rate=8e-4),
     ),
     "micro-llava-next": Recipe(
         summary="LLaVA-NeXT whose small text can be read in tiles only",
@@ -125,7 +123,8 @@ RECIPES: Mapping[str, Recipe] = {
         build=lambda: architectures.llava_next(architectures.clip_vision(224), architectures.llama()),
         start="micro-llava",
         keeps_language_model=True,
-        answers=Optimisation(steps=1500, batch=4),
+        answers=Optimisation(steps=1200, batch=4),
+        pruned=Optimisation(steps=300, batch=4, learning_rate=8e-4),
         canvases=((448, 224), (224, 448), (448, 448), (672, 224), (224, 672)),
         font_sizes=(12, 15, 18),
     ),
@@ -133,9 +132,11 @@ RECIPES: Mapping[str, Recipe] = {
         summary="Qwen2.5-VL at its own resolution, 36 to 80 visual tokens in training",
         family=Qwen(),
         build=architectures.qwen,
-        vision=Optimisation(steps=4400, batch=16, learning_rate=1.2e-3),
-        answers=Optimisation(steps=2400),
+        vision=Optimisation(steps=4200, learning_rate=1.2e-3),
+        answers=Optimisation(steps=2000),
+        pruned=Optimisation(steps=300, learning_rate=8e-4),
         pairs=0.15,
+        token_patch=28,
         canvases=((224, 224), (168, 168), (224, 168), (168, 224), (280, 224), (224, 280)),
     ),
     "micro-video": Recipe(
@@ -144,7 +145,8 @@ RECIPES: Mapping[str, Recipe] = {
         build=architectures.qwen,
         start="micro-qwen2.5-vl",
         keeps_language_model=True,
-        answers=Optimisation(steps=3000, batch=8),
+        answers=Optimisation(steps=2400, batch=8),
+        pruned=Optimisation(steps=600, batch=8, learning_rate=8e-4),
         canvases=((168, 168), (224, 168), (224, 224)),
         clips=True,
     ),

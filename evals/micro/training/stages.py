@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from mmcompress.evals.micro.training import architectures
 from mmcompress.evals.micro.training.answering import Dropout, answer, drop, keep_all
 from mmcompress.evals.micro.training.batches import AnswersBatch, AnswersBatches, VisionBatch, VisionBatches
-from mmcompress.evals.micro.training.families import Prefix
+from mmcompress.evals.micro.training.families import Hidden, Prefix
 from mmcompress.evals.micro.training.grounding import ground
-from mmcompress.evals.micro.training.recipes import Recipe
+from mmcompress.evals.micro.training.recipes import Optimisation, Recipe
 from mmcompress.evals.micro.training.vision import Metrics, VisionHeads
 
+_PRUNED_SHARE = 0.6
 _FEWEST_KEPT = 0.05
 _SCALE_BATCHES = 4
 
@@ -28,11 +29,13 @@ class Modules:
     Args:
         model: the vision-language model.
         heads: read-outs of its encoder, while that is trained.
+        token_heads: read-outs of its LLM tokens, for recipes that teach them.
         clip: a CLIP around its encoder, for recipes with a text tower.
     """
 
     model: Any
     heads: VisionHeads | None
+    token_heads: VisionHeads | None
     clip: Any
 
     @classmethod
@@ -40,14 +43,17 @@ class Modules:
         """Fresh modules, equal for equal recipes."""
         torch.manual_seed(recipe.seed)
         model = recipe.build()
+        token_heads = None
+        if recipe.token_patch is not None:
+            token_heads = VisionHeads(model.config.text_config.hidden_size, levels=1, summaries=0)
         if recipe.vision is None:
-            return cls(model, None, None)
+            return cls(model, None, token_heads, None)
         vision = model.config.vision_config
         with_cls = hasattr(vision, "projection_dim")
         if with_cls:
             architectures.initialise_encoder(recipe.family.encoder(model))
         heads = VisionHeads(vision.hidden_size, levels=2 if with_cls else 1, summaries=2 if with_cls else 0)
-        return cls(model, heads, architectures.clip(vision) if recipe.text_tower else None)
+        return cls(model, heads, token_heads, architectures.clip(vision) if recipe.text_tower else None)
 
     def prepare(self, recipe: Recipe, device: torch.device) -> None:
         """Move everything to `device` and choose the fastest implementations for it."""
@@ -63,7 +69,7 @@ class Modules:
 
     def named(self) -> dict[str, nn.Module]:
         """The modules there are, by name."""
-        modules = {"model": self.model, "heads": self.heads, "clip": self.clip}
+        modules = {"model": self.model, "heads": self.heads, "token heads": self.token_heads, "clip": self.clip}
         return {name: module for name, module in modules.items() if module is not None}
 
 
@@ -77,6 +83,7 @@ class VisionStage:
         self.optimisation = recipe.vision
         self.steps = self.optimisation.scaled(scale)
         self.data = VisionBatches(recipe, self.steps)
+        self.slow: set[nn.Parameter] = set()
         self._family, self._modules, self._heads = recipe.family, modules, modules.heads
         projector = set(architectures.projector(modules.model).parameters())
         encoder = recipe.family.encoder(modules.model).parameters()
@@ -99,38 +106,41 @@ class VisionStage:
 class AnswersStage:
     """Projector and language model learn to answer; the encoder stays as it is."""
 
-    name = "answers"
+    name: Literal["answers", "pruned"] = "answers"
 
     def __init__(self, recipe: Recipe, modules: Modules, device: torch.device, scale: float, fresh: bool) -> None:
-        self.optimisation = recipe.answers
+        self.optimisation = self._optimisation(recipe)
         self.steps = self.optimisation.scaled(scale)
-        self.data = AnswersBatches(recipe, self.steps)
-        self._recipe, self._model = recipe, modules.model
+        self.data = AnswersBatches(recipe, self.name, self.steps)
+        self._recipe, self._model, self._token_heads = recipe, modules.model, modules.token_heads
         projector = set(architectures.projector(modules.model).parameters())
         for weight in recipe.family.encoder(modules.model).parameters():
             weight.requires_grad_(weight in projector)
-        if fresh and not recipe.keeps_language_model:
+        if fresh and self.name == "answers" and not recipe.keeps_language_model:
             self._initialise(device)
         self.trained = [weight for weight in modules.model.parameters() if weight.requires_grad]
+        if modules.token_heads is not None:
+            self.trained += modules.token_heads.parameters()
+        self.slow = projector
+
+    def _optimisation(self, recipe: Recipe) -> Optimisation:
+        return recipe.answers
 
     def loss(self, batch: AnswersBatch, step: int) -> tuple[Tensor, Metrics]:
         prefix = self._recipe.family.prefix(self._model, batch.pictures)
         features = self._recipe.family.features(self._model, batch.pictures)
         dropout = self._dropout(prefix, len(batch.ids), step)
-        loss, metrics = answer(
-            self._model, features, prefix, dropout, batch.ids, batch.block, batch.offset, batch.target
-        )
+        loss, right = answer(self._model, features, prefix, dropout, batch.ids, batch.block, batch.offset, batch.target)
         complete = dropout.kept.shape[1] == len(prefix.ids)
-        return loss, metrics if complete else {f"{key} on fewer tokens": value for key, value in metrics.items()}
+        metrics = {"answers" if complete else "answers on fewer tokens": right}
+        if self._token_heads is not None:
+            teaching, shares = self._token_heads(Hidden([features], []), batch.labels, None)
+            loss = loss + teaching
+            metrics |= {f"token {name}": share for name, share in shares.items()}
+        return loss, metrics
 
     def _dropout(self, prefix: Prefix, rows: int, step: int) -> Dropout:
-        """All tokens, or a share between all and a twentieth, the logarithm of which is uniform."""
-        generator = torch.Generator().manual_seed(self._recipe.seed * 1_000_003 + step)
-        dropping, share, renumbering = torch.rand(3, generator=generator).tolist()
-        if dropping >= self._recipe.dropout:
-            return keep_all(prefix, rows)
-        renumbered = renumbering < 0.5 and len(prefix.positions) == 1  # M-RoPE always keeps its ids
-        return drop(prefix, rows, _FEWEST_KEPT**share, renumbered, generator)
+        return keep_all(prefix, rows)
 
     def _initialise(self, device: torch.device) -> None:
         """Scale the fresh language model to what the encoder says."""
@@ -149,4 +159,29 @@ class AnswersStage:
         architectures.initialise_language_model(self._model, rms)
 
 
+class PrunedStage(AnswersStage):
+    """Most batches see only some of their visual tokens, half of those with positions renumbered where they are 1-D."""
+
+    name = "pruned"
+
+    def _optimisation(self, recipe: Recipe) -> Optimisation:
+        assert recipe.pruned is not None
+        return recipe.pruned
+
+    def _dropout(self, prefix: Prefix, rows: int, step: int) -> Dropout:
+        """All tokens, or a share between all and a twentieth, the logarithm of which is uniform."""
+        generator = torch.Generator().manual_seed(self._recipe.seed * 1_000_003 + step)
+        pruning, share, renumbering = torch.rand(3, generator=generator).tolist()
+        if pruning >= _PRUNED_SHARE:
+            return keep_all(prefix, rows)
+        renumbered = renumbering < 0.5 and len(prefix.positions) == 1  # M-RoPE always keeps its ids
+        return drop(prefix, rows, _FEWEST_KEPT**share, renumbered, generator)
+
+
 Stage = VisionStage | AnswersStage
+
+
+def stages(recipe: Recipe) -> list[type[VisionStage] | type[AnswersStage]]:
+    """The stages of a recipe, in order."""
+    parts = ((VisionStage, recipe.vision), (AnswersStage, recipe.answers), (PrunedStage, recipe.pruned))
+    return [stage for stage, optimisation in parts if optimisation is not None]

@@ -17,7 +17,7 @@ from mmcompress.errors import InputError, SpecError
 from mmcompress.evals.micro import GENERATOR_VERSION
 from mmcompress.evals.micro.training import curves, export
 from mmcompress.evals.micro.training.recipes import find_recipe
-from mmcompress.evals.micro.training.stages import AnswersStage, Modules, Stage, VisionStage
+from mmcompress.evals.micro.training.stages import Modules, Stage, stages
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -28,6 +28,8 @@ _FINAL_RATE = 0.03
 _BETAS = (0.9, 0.98)
 _WEIGHT_DECAY = 0.02
 _MAX_GRADIENT = 1.0
+# Encoder states have a large common part; at the full rate the projector makes all visual tokens alike and huge.
+_SLOW = 0.2
 _LOG_EVERY = 20
 _SAVE_EVERY_SECONDS = 120.0
 
@@ -72,9 +74,7 @@ class Trainer:
         """Train to the end, or for `seconds`, leaving a loadable model in the folder; True if training is finished."""
         deadline = time.monotonic() + (math.inf if seconds is None else seconds)
         self.folder.mkdir(parents=True, exist_ok=True)
-        kinds: list[type[VisionStage] | type[AnswersStage]] = [VisionStage, AnswersStage]
-        if self.recipe.vision is None:
-            kinds.remove(VisionStage)
+        kinds = stages(self.recipe)
         while self.stage < len(kinds) and time.monotonic() < deadline:
             stage = kinds[self.stage](self.recipe, self.modules, self.device, self.scale, fresh=self.step == 0)
             if self._train(stage, deadline, workers, report):
@@ -84,9 +84,11 @@ class Trainer:
 
     def _train(self, stage: Stage, deadline: float, workers: int, report: Callable[[Row], None]) -> bool:
         on_gpu = self.device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            stage.trained, lr=0.0, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=on_gpu or None
-        )
+        groups = [
+            {"params": [weight for weight in stage.trained if weight not in stage.slow], "factor": 1.0},
+            {"params": [weight for weight in stage.trained if weight in stage.slow], "factor": _SLOW},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=on_gpu or None)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
         steps = range(self.step, stage.steps)
@@ -96,7 +98,7 @@ class Trainer:
         for batch in loader:
             batch = type(batch)(*(value.to(self.device, non_blocking=True) for value in batch))
             for group in optimizer.param_groups:
-                group["lr"] = stage.optimisation.learning_rate * rate(self.step, stage.steps)
+                group["lr"] = group["factor"] * stage.optimisation.learning_rate * rate(self.step, stage.steps)
             with torch.autocast(self.device.type, torch.bfloat16):
                 loss, metrics = stage.loss(batch, self.step)
             loss.backward()

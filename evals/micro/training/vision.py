@@ -27,13 +27,13 @@ class VisionHeads(nn.Module):
         self.patches = nn.ModuleList(_read_out(hidden, sum(FIELDS)) for _ in range(levels))
         self.summaries = nn.ModuleList(_read_out(hidden, SUMMARY) for _ in range(summaries))
 
-    def forward(self, hidden: Hidden, labels: Tensor, facts: Tensor) -> tuple[Tensor, Metrics]:
+    def forward(self, hidden: Hidden, labels: Tensor, facts: Tensor | None) -> tuple[Tensor, Metrics]:
         """The loss, and shares of right labels at the layer the LLM reads.
 
         Args:
             hidden: of a batch of pictures.
             labels: [batch, fields, patches].
-            facts: [batch, SUMMARY].
+            facts: [batch, SUMMARY], needed for summaries only.
         """
         loss = labels.new_zeros((), dtype=torch.float32)
         metrics: Metrics = {}
@@ -44,6 +44,7 @@ class VisionHeads(nn.Module):
             if level == 0:
                 metrics |= _patch_metrics(predicted, flat)
         for states, head, weight in zip(hidden.summaries, self.summaries, _SUMMARY_WEIGHTS, strict=False):
+            assert facts is not None
             said = head(states).float()
             rare = torch.tensor(_RARE_FACT_WEIGHT, device=said.device)
             wrong = functional.binary_cross_entropy_with_logits(said, facts, pos_weight=rare, reduction="sum")
