@@ -73,8 +73,7 @@ def demo(
         OSError: `out` cannot be written to.
     """
     console = console or Console()
-    unlearnt = UNLEARNT.get(name, frozenset())
-    questions = [asked for asked in load_microvqa(limit) if asked.form not in unlearnt]
+    questions = load_microvqa(limit, without=UNLEARNT.get(name, ()))
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     model, processor = load_micro(name)

@@ -110,7 +110,7 @@ def test_info_says_what_a_method_needs_of_every_family() -> None:
 
 def test_run_prints_both_answers_and_the_savings() -> None:
     text = succeed(*ask("--method", "todre", "--keep", "0.1"))
-    assert "unpruned orange todre(keep=0.1) orange" in text
+    assert "unpruned red todre(keep=0.1) red" in text
     assert "256 of 256 │ 25 of 256" in text and "encoder ms" in text and "GFLOP" in text
 
 

@@ -122,12 +122,12 @@ def test_the_wheel_holds_every_source_and_all_data(wheel: zipfile.ZipFile) -> No
     for folder in ("mmcompress", *(f"mmcompress/{name}" for name in LINKS)):
         sources = (path for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)
         expected |= {str(path.relative_to(ROOT)) for path in sources}
-    for folder in ("micro_llava_168", "microvqa"):
-        files = (path for path in (ROOT / "evals/micro" / folder).rglob("*") if path.is_file())
+    for pattern in ("models/micro-llava/*", "microvqa/*", "microvqa/images/*"):
+        files = (path for path in (ROOT / "evals/micro").glob(pattern) if path.is_file())
         data |= {f"mmcompress/{path.relative_to(ROOT)}" for path in files}
     assert names == expected | data
     micro = "mmcompress/evals/micro"
-    assert {f"{micro}/micro_llava_168/model.safetensors", f"{micro}/microvqa/questions.jsonl"} < data
+    assert {f"{micro}/models/micro-llava/model.safetensors", f"{micro}/microvqa/questions.jsonl"} < data
     assert all(wheel.read(name) == (ROOT / name).read_bytes() for name in data)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,10 @@ def model_path(name: str = DEFAULT_MODEL) -> Path:
     return MODELS[name]
 
 
-def load_microvqa(limit: int | None = None, path: Path = MICROVQA_PATH) -> list[Question]:
-    """Read the questions of a split in order, only the first `limit` of them if given.
+def load_microvqa(
+    limit: int | None = None, path: Path = MICROVQA_PATH, without: Collection[str] = ()
+) -> list[Question]:
+    """Read the questions of a split in order, but those of the forms `without`; only the first `limit` if given.
 
     Raises:
         SpecError: `limit` is not positive, or another generator wrote the split.
@@ -64,7 +67,8 @@ def load_microvqa(limit: int | None = None, path: Path = MICROVQA_PATH) -> list[
         raise SpecError(f"limit must be at least 1, got {limit}.")
     _check_version(path)
     with (path / "questions.jsonl").open(encoding="utf-8") as rows:
-        return [Question(**json.loads(row)) for row in rows][:limit]
+        questions = (Question(**json.loads(row)) for row in rows)
+        return [question for question in questions if question.form not in without][:limit]
 
 
 def _check_version(path: Path) -> None:

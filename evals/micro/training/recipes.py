@@ -98,8 +98,8 @@ _MICRO_LLAVA = Recipe(
     family=Llava(),
     build=lambda: architectures.llava(architectures.clip_vision(224), architectures.llama()),
     vision=Optimisation(steps=4000, learning_rate=1.2e-3),
-    answers=Optimisation(steps=3000, batch=10),
-    pruned=Optimisation(steps=300, batch=10, learning_rate=8e-4),
+    answers=Optimisation(steps=3700, batch=10),
+    pruned=Optimisation(steps=150, batch=10, learning_rate=8e-4),
     token_patch=14,
     text_tower=True,
 )
