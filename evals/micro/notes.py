@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_CLS = (
+    "The attention of its CLS token does not single out objects (its summary of a picture stopped at half of the facts), "
+    "so CLS-guided methods do no better than random tokens on it."
+)
 _BLIND = frozenset({"number", "letters", "word", "side", "relation"})
 
 UNLEARNT: Mapping[str, frozenset[str]] = {
@@ -18,11 +22,13 @@ _SHORT = "Undertrained: an hour on two CPU cores. It reads no signs and does not
 NOTES: Mapping[str, tuple[str, ...]] = {
     "micro-llava": (
         _SHORT,
+        _CLS,
         "Its recipe was adjusted while it ran: labels of single characters joined the first stage after 1,150 of its "
         "steps and labels of tokens the second after 1,940; the numbers of steps were settled on the way.",
     ),
     "micro-llava-nodrop": (
         _SHORT,
+        _CLS,
         "Its recipe was adjusted while it ran, see micro-llava.",
     ),
     "micro-qwen2.5-vl": (

@@ -182,17 +182,12 @@ def test_the_report_compares_with_random_and_the_unpruned_model(micro: tuple[Any
 
 
 @pytest.mark.slow
-def test_methods_beat_random_on_the_whole_split(micro: tuple[Any, Any]) -> None:
+def test_diversity_beats_random_on_the_whole_split(micro: tuple[Any, Any]) -> None:
     questions = load_microvqa(without=UNLEARNT[DEFAULT_MODEL])
-    runs: list[Run] = [("random", 0.25), ("todre", 0.25), ("vtc-cls", 0.25)]
-    random, *better = evaluate(*micro, questions, MICROVQA_PATH, runs)
+    random, todre = evaluate(*micro, questions, MICROVQA_PATH, [("random", 0.1), ("todre", 0.1)])
     images = [asked.image for asked in questions]
-
-    def advantage(result: Result) -> float:
-        difference = paired_difference(report.scores(result), report.scores(random), images)
-        return difference.value - 3 * difference.error
-
-    assert all(advantage(result) > 0 for result in better)
+    difference = paired_difference(report.scores(todre), report.scores(random), images)
+    assert difference.value > 3 * difference.error
 
 
 @pytest.mark.parametrize("mode", ["I;16", "P", "LA", "RGBA", "CMYK", "L", "1"])
