@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _CLS = (
-    "The attention of its CLS token does not single out objects (its summary of a picture stopped at half of the facts), "
-    "so CLS-guided methods do no better than random tokens on it."
+    "The attention of its CLS token does not single out objects (its summary of a picture stopped at half of the "
+    "facts), so CLS-guided methods do no better than random tokens on it."
 )
 _BLIND = frozenset({"number", "letters", "word", "side", "relation"})
 

@@ -17,7 +17,7 @@ from mmcompress.evals import report
 from mmcompress.evals.demo import load_micro
 from mmcompress.evals.micro import DEFAULT_MODEL, MICROVQA_PATH, Question, load_microvqa
 from mmcompress.evals.micro.notes import UNLEARNT
-from mmcompress.evals.runner import UNPRUNED, Answer, Result, Run, evaluate, open_image, prompt
+from mmcompress.evals.runner import UNPRUNED, Answer, Run, evaluate, open_image, prompt
 from mmcompress.evals.statistics import paired_difference
 
 QUESTIONS = load_microvqa(30)
