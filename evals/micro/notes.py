@@ -17,7 +17,10 @@ UNLEARNT: Mapping[str, frozenset[str]] = {
 }
 """Forms of questions that a model answers no better than by chance: its tables leave them out."""
 
-_SHORT = "Undertrained: an hour and a half on one CPU core, now and then two. It reads no signs and does not say where things are."
+_SHORT = (
+    "Undertrained: an hour and a half on one CPU core, now and then two. It reads no signs and does not say where "
+    "things are."
+)
 
 NOTES: Mapping[str, tuple[str, ...]] = {
     "micro-llava": (
