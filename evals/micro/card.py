@@ -34,8 +34,6 @@ SEED = 1_000_003
 
 ACCURACY = "accuracy.json"
 
-_BATCH = 64
-
 
 @dataclass(frozen=True)
 class Exam:
@@ -76,7 +74,6 @@ def examine(folder: Path, count: int, progress: Progress | None = None) -> dict[
         exam.questions,
         exam.pictures,
         [(None, 1.0)],
-        batch_size=_BATCH,
         progress=lambda answered: progress.advance(task, answered) if progress and task is not None else None,
     )
     return {

@@ -26,8 +26,8 @@ NOTES: Mapping[str, tuple[str, ...]] = {
     "micro-llava": (
         _SHORT,
         _CLS,
-        "Its recipe was adjusted while it ran: labels of single characters joined the first stage after 1,150 of its "
-        "steps and labels of tokens the second after 1,940; the numbers of steps were settled on the way.",
+        "Its recipe was adjusted while it ran: labels of single characters joined the first stage after 1,140 of its "
+        "steps and labels of tokens the second after 1,940, and easy questions came in between harder ones; the numbers of steps were settled on the way.",
     ),
     "micro-llava-nodrop": (
         _SHORT,
@@ -36,7 +36,7 @@ NOTES: Mapping[str, tuple[str, ...]] = {
     ),
     "micro-qwen2.5-vl": (
         _SHORT,
-        "Its recipe was adjusted while it ran: labels of single characters joined the first stage after 3,100 of its "
+        "Its recipe was adjusted while it ran: labels of single characters joined the first stage after 2,980 of its "
         "steps; the first 420 of the second had questions of all forms and missing tokens; the numbers of steps were "
         "settled on the way.",
     ),

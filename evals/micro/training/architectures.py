@@ -222,4 +222,4 @@ def projector_weights(model: Any) -> tuple[Tensor, Tensor]:
 
 def parameters(model: nn.Module) -> str:
     """The number of parameters, in millions."""
-    return f"{math.fsum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M"
+    return f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M"

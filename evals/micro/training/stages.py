@@ -1,4 +1,4 @@
-"""The two stages of training: the vision encoder on labels, then projector and language model on questions."""
+"""The stages of training: the encoder on labels, projector and language model on questions, then on fewer tokens."""
 
 from __future__ import annotations
 
@@ -143,9 +143,14 @@ class AnswersStage:
         return keep_all(prefix, rows)
 
     def _initialise(self, device: torch.device) -> None:
-        """Scale the fresh language model to what the encoder says."""
-        seen: list[Tensor] = []
+        """Scale the fresh language model and projector to what enters the projector."""
         projector = architectures.projector(self._model)
+        rms = 1.0 if hasattr(projector, "ln_q") else self._feature_rms(projector, device)  # a Qwen's normalises first
+        torch.manual_seed(self._recipe.seed)
+        architectures.initialise_language_model(self._model, rms)
+
+    def _feature_rms(self, projector: nn.Module, device: torch.device) -> float:
+        seen: list[Tensor] = []
         hook = projector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].float()))
         try:
             with torch.no_grad():
@@ -153,10 +158,7 @@ class AnswersStage:
                     self._recipe.family.features(self._model, self.data[number].pictures.to(device))
         finally:
             hook.remove()
-        normalises = hasattr(projector, "ln_q")
-        rms = 1.0 if normalises else math.sqrt(sum(float(states.pow(2).mean()) for states in seen) / len(seen))
-        torch.manual_seed(self._recipe.seed)
-        architectures.initialise_language_model(self._model, rms)
+        return math.sqrt(sum(float(states.pow(2).mean()) for states in seen) / len(seen))
 
 
 class PrunedStage(AnswersStage):
