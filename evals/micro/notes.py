@@ -27,7 +27,8 @@ NOTES: Mapping[str, tuple[str, ...]] = {
         _SHORT,
         _CLS,
         "Its recipe was adjusted while it ran: labels of single characters joined the first stage after 1,140 of its "
-        "steps and labels of tokens the second after 1,940, and easy questions came in between harder ones; the numbers of steps were settled on the way.",
+        "steps and labels of tokens the second after 1,940, and easy questions came in between harder ones; the "
+        "numbers of steps were settled on the way.",
     ),
     "micro-llava-nodrop": (
         _SHORT,
