@@ -1,0 +1,14 @@
+"""How golden cases are recomputed: every module here has a table from stem prefix to method and function."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from parity.handlers.base import Handler, Kept, Outputs
+
+HANDLERS: dict[str, Handler] = {}
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    HANDLERS |= getattr(importlib.import_module(_module.name), "HANDLERS", {})
+
+__all__ = ["HANDLERS", "Handler", "Kept", "Outputs"]
