@@ -214,6 +214,28 @@ def _choice(rng: np.random.Generator, asked: Asked, answers: Sequence[str], form
 
 
 def _side(rng: np.random.Generator, facts: _Facts) -> Asked | None:
+    seen = _off_middle(rng, facts)
+    if seen is None:
+        return None
+    index, words, second = seen
+    said, answer = _claim(rng, words, second)
+    color, kind = facts.scene.shapes[index].pair
+    return Asked("spatial", f"is the {color} {kind} in the {said} half ?", answer, "side", index)
+
+
+def _half(rng: np.random.Generator, facts: _Facts) -> Asked | None:
+    seen = _off_middle(rng, facts)
+    if seen is None:
+        return None
+    index, words, second = seen
+    color, kind = facts.scene.shapes[index].pair
+    return Asked(
+        "spatial", f"which half {words[0]} {words[1]} is the {color} {kind} in ?", words[second], "half", index
+    )
+
+
+def _off_middle(rng: np.random.Generator, facts: _Facts) -> tuple[int, tuple[str, str], bool] | None:
+    """A shape clearly in one half of the picture: its index, the names of the halves, whether it is in the second."""
     canvas = facts.scene.width, facts.scene.height
     clear = []
     for index in facts.unique_pairs():
@@ -222,12 +244,7 @@ def _side(rng: np.random.Generator, facts: _Facts) -> Asked | None:
             offset = center[axis] - canvas[axis] / 2
             if abs(offset) >= _MIN_DISTANCE_FROM_MIDDLE * canvas[axis]:
                 clear.append((index, _HALVES[axis], offset > 0))
-    if not clear:
-        return None
-    index, words, second = pick(rng, clear)
-    said, answer = _claim(rng, words, second)
-    color, kind = facts.scene.shapes[index].pair
-    return Asked("spatial", f"is the {color} {kind} in the {said} half ?", answer, "side", index)
+    return pick(rng, clear) if clear else None
 
 
 def _relation(rng: np.random.Generator, facts: _Facts) -> Asked | None:
@@ -262,11 +279,12 @@ _ASKERS: dict[str, Callable[[np.random.Generator, _Facts], Asked | None]] = {
     "shape-choice": _shape_choice,
     "count-choice": _count_choice,
     "side": _side,
+    "half": _half,
     "relation": _relation,
 }
 
 FORMS: tuple[str, ...] = tuple(_ASKERS)
-"""The templates of questions, finer than types."""
+"""The templates of questions, finer than types; `half` only teaches where things are, no suite asks it."""
 
 # Every group asks one question, of the first of its forms, in random order, that the scene allows.
 _SUITES: dict[QuestionType, tuple[tuple[str, ...], ...]] = {

@@ -64,6 +64,11 @@ def answers_to(scene: Scene, question: str) -> set[str]:
         offset = across / scene.width - 0.5 if found[3] in ("left", "right") else down / scene.height - 0.5
         assert abs(offset) >= 0.1, "too close to call"
         return {"yes" if (offset > 0) == (found[3] in ("right", "bottom")) else "no"}
+    if found := re.fullmatch(r"which half (left right|top bottom) is the (\w+) (\w+) in \?", question):
+        across, down = center(scene, (found[2], found[3]))
+        offset = across / scene.width - 0.5 if found[1] == "left right" else down / scene.height - 0.5
+        assert abs(offset) >= 0.1, "too close to call"
+        return {found[1].split()[offset > 0]}
     found = re.fullmatch(r"is the (\w+) (\w+) (left of|right of|above|below) the (\w+) (\w+) \?", question)
     assert found, f"unknown question: {question}"
     first, second = center(scene, (found[1], found[2])), center(scene, (found[4], found[5]))

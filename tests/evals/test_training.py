@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from mmcompress.evals.micro.questions import Asked
 from mmcompress.evals.micro.scene import Box, Scene, Shape, Sign, Style, draw_scene
 from mmcompress.evals.micro.training import export, trainer
 from mmcompress.evals.micro.training.__main__ import main
-from mmcompress.evals.micro.training.answering import answer, drop, keep_all
+from mmcompress.evals.micro.training.answering import answer, drop, keep_all, looking
 from mmcompress.evals.micro.training.architectures import TOKEN_IDS, initialise_language_model
 from mmcompress.evals.micro.training.batches import AnswersBatches, VisionBatches
 from mmcompress.evals.micro.training.families import PATCH
-from mmcompress.evals.micro.training.packing import pack, tokenize
+from mmcompress.evals.micro.training.packing import NOTHING, pack, tokenize
 from mmcompress.evals.micro.training.recipes import RECIPES, find_recipe
 from mmcompress.evals.micro.training.stages import Modules
 from mmcompress.evals.micro.training.targets import BACKGROUND, BLANK, CHARACTERS, IGNORE, SIGN, targets
@@ -40,7 +41,7 @@ def pictures(*shape: int) -> torch.Tensor:
 
 
 def packed(length: int = 64) -> list[torch.Tensor]:
-    drawn = iter([Asked("", question, said, "") for question, said in QUESTIONS])
+    drawn = iter([Asked("", question, said, "", number) for number, (question, said) in enumerate(QUESTIONS)])
     return [torch.from_numpy(column)[None] for column in pack(lambda: next(drawn, None), length)]
 
 
@@ -76,7 +77,7 @@ def test_packed_questions_get_the_logits_of_the_stock_forward_pass(
     recipe, model, processor = models[name]
     shown = pictures(1, *shape)
     prefix, features = recipe.family.prefix(model, shown), recipe.family.features(model, shown)
-    ids, block, offset, target = packed()
+    ids, block, offset, target, _ = packed()
     assert int(block.max()) == len(QUESTIONS) - 1
     logits: list[torch.Tensor] = []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
@@ -108,7 +109,7 @@ def test_positions_of_kept_tokens(models: dict[str, tuple[Any, Any, Any]]) -> No
         lambda module, arguments, named: seen.append(named["position_ids"]), with_kwargs=True
     )
     features = recipe.family.features(model, pictures(2, 1, 224, 224))
-    ids, block, offset, target = (column.repeat(2, 1) for column in packed())
+    ids, block, offset, target, _ = (column.repeat(2, 1) for column in packed())
     for renumbered in (False, True):
         dropout = drop(prefix, 2, 0.1, renumbered, torch.Generator().manual_seed(0))
         answer(model, features, prefix, dropout, ids, block, offset, target)
@@ -152,7 +153,7 @@ def test_patch_labels() -> None:
     assert glyph == CHARACTERS.index("A") and labels[-1, 7, 7] == CHARACTERS.index("C")
     assert (column, row) == (12 * 120 // 224, 12 * 110 // 168)
     assert labels[0, 0, 0] == BACKGROUND and set(labels[1:, 0, 0]) == {IGNORE}
-    assert summary.sum() == 1 + 1 + 2
+    assert summary.sum() == 1 + 1
 
 
 def test_small_objects_have_a_patch() -> None:
@@ -164,12 +165,37 @@ def test_small_objects_have_a_patch() -> None:
 
 
 def test_packing_leaves_out_what_does_not_fit() -> None:
-    ids, block, offset, target = (column[0].tolist() for column in packed(length=18))
+    ids, block, offset, target, referent = (column[0].tolist() for column in packed(length=18))
     first, third = tokenize("yes </s>"), tokenize("3 </s>")
     assert block == 9 * [0] + 7 * [1] + 2 * [-1]
     assert offset == [*range(9), *range(7), 0, 0]
     assert ids[:9] == tokenize("is there a red star ? ASSISTANT: yes </s>") and ids[16:] == 2 * [TOKEN_IDS["<pad>"]]
     assert target == [*6 * [IGNORE], *first, IGNORE, *4 * [IGNORE], *third, *3 * [IGNORE]]
+    assert referent == [*6 * [NOTHING], 0, *6 * [NOTHING], 2, *4 * [NOTHING]]
+
+
+def test_looking_asks_for_the_object_when_an_answer_is_due() -> None:
+    referent = torch.tensor([[NOTHING, 3], [1, NOTHING]])
+    owners = torch.tensor([[3, -1, 3, 0], [0, 0, -1, 0]])  # what the second question is about shows nowhere
+    look = torch.full((2, 2, 2, 4), 0.25)
+    look[0, 0, 1] = torch.tensor([0.6, 0.1, 0.2, 0.1])
+    assert looking(look, referent, owners).item() == pytest.approx(-(math.log(0.8) + math.log(0.5)) / 2)
+    look[1], look[0, :, 0] = 0, 0  # neither where nothing is shown nor where nothing is asked
+    assert looking(look, referent, owners).item() == pytest.approx(-(math.log(0.8) + math.log(0.5)) / 2)
+
+
+@torch.no_grad()
+def test_what_is_watched_is_attention_from_questions_to_the_prompt(models: dict[str, tuple[Any, Any, Any]]) -> None:
+    recipe, model, _ = models["micro-llava"]
+    model.set_attn_implementation("eager")
+    shown = pictures(2, 1, 224, 224)
+    prefix, features = recipe.family.prefix(model, shown), recipe.family.features(model, shown)
+    inputs = [column.repeat(2, 1) for column in packed()[:4]]
+    looks = answer(model, features, prefix, keep_all(prefix, 2), *inputs, watched=True).looks
+    assert len(looks) == 4 and looks[0].shape == (2, 4, 64, 258)
+    begins = (inputs[2][0] == 0) & (inputs[1][0] >= 0)
+    first = looks[1].sum(3)[:, :, begins]  # the first token of a question sees the prompt and itself only
+    assert bool(((first < 1) & (first > 0.9)).all())
 
 
 def test_batches_depend_on_their_number_only() -> None:

@@ -31,6 +31,12 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that draw scenes (%(default)s: none of their own)"
     )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="compile the model first: with a C++ compiler, LLaVA trains a quarter faster on a CPU (%(default)s here)",
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all numbers of steps (%(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -45,7 +51,12 @@ def main() -> None:
     )
     try:
         trainer = Trainer(
-            arguments.model, folder, start=arguments.start, device=arguments.device, scale=arguments.scale
+            arguments.model,
+            folder,
+            start=arguments.start,
+            device=arguments.device,
+            scale=arguments.scale,
+            compiled=arguments.compile,
         )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(arguments.model, total=None)

@@ -10,7 +10,22 @@ from torch.nn import functional
 
 from mmcompress.evals.micro.training.architectures import TOKEN_IDS
 from mmcompress.evals.micro.training.families import Prefix
+from mmcompress.evals.micro.training.packing import NOTHING
 from mmcompress.evals.micro.training.targets import IGNORE
+
+
+class Answered(NamedTuple):
+    """What came of asking.
+
+    Args:
+        loss: of the answers' tokens.
+        right: share of them said right.
+        looks: attention of every layer from the questions' tokens to the prefix [batch, heads, length, kept tokens].
+    """
+
+    loss: Tensor
+    right: Tensor
+    looks: list[Tensor]
 
 
 class Dropout(NamedTuple):
@@ -48,8 +63,9 @@ def answer(
     block: Tensor,
     offset: Tensor,
     target: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The loss of the answers' tokens, and the share of them said right.
+    watched: bool = False,
+) -> Answered:
+    """Ask and compare.
 
     Args:
         model: a vision-language model.
@@ -60,6 +76,7 @@ def answer(
         block: number of the question.
         offset: position within the question.
         target: token to be said next.
+        watched: whether to see where the language model, which must be on eager attention, looks.
     """
     device, rows = features.device, len(features)
     embed = model.get_input_embeddings()
@@ -71,18 +88,37 @@ def answer(
     if dropout.renumbered:
         positions, following = torch.arange(kept.shape[1], device=device).expand_as(positions), kept.shape[1]
     positions = torch.cat([positions, (following + offset).expand(len(positions), -1, -1)], 2)
-    states = model.model.language_model(
+    out = model.model.language_model(
         inputs_embeds=torch.cat([shown, embed(ids).to(features.dtype)], 1),
         position_ids=positions[0] if len(positions) == 1 else positions,
         attention_mask=_additive(_visible(kept.shape[1], block), features),
         use_cache=False,
-    ).last_hidden_state[:, kept.shape[1] :]
+        output_attentions=watched,
+    )
+    states = out.last_hidden_state[:, kept.shape[1] :]
     asked = target != IGNORE
     logits, wanted = model.lm_head(states[asked]).float(), target[asked]
     loss = functional.cross_entropy(logits, wanted)
     with torch.no_grad():
         said = wanted != TOKEN_IDS["</s>"]
-        return loss, (logits.argmax(1) == wanted)[said].float().mean()
+        right = (logits.argmax(1) == wanted)[said].float().mean()
+    looks = [weights[:, :, kept.shape[1] :, : kept.shape[1]] for weights in out.attentions or ()]
+    return Answered(loss, right, looks)
+
+
+def looking(look: Tensor, referent: Tensor, owners: Tensor) -> Tensor:
+    """The loss of not looking at what is asked about when an answer is due.
+
+    Args:
+        look: attention from the questions' tokens to the visual tokens [batch, heads, length, visual tokens].
+        referent: see `Packed` [batch, length].
+        owners: the object each visual token shows [batch, visual tokens].
+    """
+    row, place = (referent != NOTHING).nonzero(as_tuple=True)
+    shows = owners[row] == referent[row, place, None]
+    seen = shows.any(1)  # others may hide an object from every token
+    mass = (look[row, :, place].float() * shows[:, None]).sum(2)[seen]
+    return -mass.clamp(min=1e-6).log().mean()
 
 
 def _visible(shown: int, block: Tensor) -> Tensor:

@@ -28,10 +28,9 @@ _CROWDED_SHARE = 0.8
 _BIG_OBJECTS_UNTIL = 0.4
 _FEWEST_SHAPES = 2
 _MOST_SHAPES = (2, 4, 6, 8)
-# A fresh language model begins with questions about single objects in pictures that show few.
 _EASY_UNTIL = 0.4
 _EASY_MOST_SHAPES = (2, 4)
-_EASY_FORMS = ("exist", "color", "shape", "kind-count", "color-count", "side")
+_EASY_FORMS = ("exist", "color", "shape", "kind-count", "color-count", "side", "half")
 _FRAMES = (4, 6, 8)
 _GROUNDED_PER_PICTURE = 2
 _QUESTION_LENGTH = 32
@@ -49,14 +48,16 @@ class VisionBatch(NamedTuple):
 
 
 class AnswersBatch(NamedTuple):
-    """Pictures, pairs or clips with packed questions, see `answer`, and labels of the tokens where those are taught."""
+    """Pictures, pairs or clips with packed questions, see `Packed`, and what their tokens show where that is taught."""
 
     pictures: Tensor
     labels: Tensor
+    owners: Tensor
     ids: Tensor
     block: Tensor
     offset: Tensor
     target: Tensor
+    referent: Tensor
 
 
 class VisionBatches(Dataset[VisionBatch]):
@@ -109,11 +110,15 @@ class AnswersBatches(Dataset[AnswersBatch]):
     def __len__(self) -> int:
         return self._steps
 
+    def easy(self, step: int) -> bool:
+        """Whether a fresh language model is still at single objects in pictures that show few."""
+        fresh = self._stage == "answers" and not self._recipe.keeps_language_model
+        return fresh and step < _EASY_UNTIL * self._steps
+
     def __getitem__(self, step: int) -> AnswersBatch:
         recipe = self._recipe
         rng = np.random.default_rng((recipe.seed, _SERIES[self._stage], step))
-        fresh = self._stage == "answers" and not recipe.keeps_language_model
-        easy = fresh and step < _EASY_UNTIL * self._steps
+        easy = self.easy(step)
         if easy:
             recipe = replace(recipe, pairs=0.0, forms={form: recipe.forms[form] for form in _EASY_FORMS})
         style = _style(rng, recipe, (_FEWEST_SHAPES, int(rng.choice(_EASY_MOST_SHAPES if easy else _MOST_SHAPES))))
@@ -121,7 +126,7 @@ class AnswersBatches(Dataset[AnswersBatch]):
         rows = []
         for _ in range(self._rows):
             scenes, pictures, draw = _material(rng, recipe, style, frames, comparing)
-            rows.append((pictures, _token_labels(recipe, scenes), *pack(draw, recipe.length)))
+            rows.append((pictures, *_token_labels(recipe, scenes), *pack(draw, recipe.length)))
         return AnswersBatch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
@@ -139,12 +144,13 @@ def _material(
     return [scene], render(rng, scene)[None], lambda: draw_question(rng, scene, recipe.forms)
 
 
-def _token_labels(recipe: Recipe, scenes: Sequence[Scene]) -> NDArray[np.int64]:
-    """Labels of all tokens of a prompt [fields, tokens], no tokens if they are not taught."""
+def _token_labels(recipe: Recipe, scenes: Sequence[Scene]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Labels of a prompt's tokens [fields, tokens] and the objects these show [tokens]; none if they are not taught."""
     if recipe.token_patch is None:
-        return np.empty((len(FIELDS), 0), np.int64)
-    labels = [targets(scene, recipe.token_patch).patches.reshape(len(FIELDS), -1) for scene in scenes]
-    return np.concatenate(labels, 1)
+        return np.empty((len(FIELDS), 0), np.int64), np.empty(0, np.int64)
+    labelled = [targets(scene, recipe.token_patch) for scene in scenes]
+    labels = [label.patches.reshape(len(FIELDS), -1) for label in labelled]
+    return np.concatenate(labels, 1), np.concatenate([label.owners.ravel() for label in labelled])
 
 
 def _style(rng: np.random.Generator, recipe: Recipe, shapes: tuple[int, int], big: float = 0.0) -> Style:

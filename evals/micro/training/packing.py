@@ -16,8 +16,9 @@ from mmcompress.evals.micro.questions import Asked
 from mmcompress.evals.micro.training.architectures import TOKEN_IDS
 from mmcompress.evals.micro.training.targets import IGNORE
 
-_ATTEMPTS = 3
+_ATTEMPTS = 8
 _PADDING = -1
+NOTHING = -1
 
 
 class Packed(NamedTuple):
@@ -28,12 +29,14 @@ class Packed(NamedTuple):
         block: number of the question a token belongs to, -1 for padding.
         offset: position within the question.
         target: the token to be said next, `IGNORE` outside answers.
+        referent: where an answer is due, the number of the one object it is about, `NOTHING` elsewhere.
     """
 
     ids: NDArray[np.int64]
     block: NDArray[np.int64]
     offset: NDArray[np.int64]
     target: NDArray[np.int64]
+    referent: NDArray[np.int64]
 
 
 def tokenize(text: str) -> list[int]:
@@ -43,7 +46,7 @@ def tokenize(text: str) -> list[int]:
 
 def pack(draw: Callable[[], Asked | None], length: int) -> Packed:
     """Fill `length` tokens with questions from `draw`, which may fail now and then."""
-    packed = Packed(*(np.full(length, value, np.int64) for value in (TOKEN_IDS["<pad>"], _PADDING, 0, IGNORE)))
+    packed = Packed(*(np.full(length, value, np.int64) for value in (TOKEN_IDS["<pad>"], _PADDING, 0, IGNORE, NOTHING)))
     start = block = failures = 0
     while failures < _ATTEMPTS:
         asked = draw()
@@ -60,5 +63,7 @@ def pack(draw: Callable[[], Asked | None], length: int) -> Packed:
         packed.block[start:end] = block
         packed.offset[start:end] = range(end - start)
         packed.target[start + len(question) - 1 : end - 1] = answer
+        if asked.referent is not None:
+            packed.referent[start + len(question) - 1] = asked.referent
         start, block = end, block + 1
     return packed

@@ -30,8 +30,8 @@ class Optimisation:
         return max(1, round(self.steps * scale))
 
 
-TEXTS: Mapping[str, float] = {"number": 0.55, "letters": 0.15, "word": 0.3}
-"""How often a sign shows two digits, two letters or a word."""
+TEXTS: Mapping[str, float] = {"number": 1.0}
+"""How often a sign shows two digits, two letters or a word; letters and words need far more pictures than digits."""
 
 FORMS: Mapping[str, float] = {
     "exist": 1.5,
@@ -40,12 +40,11 @@ FORMS: Mapping[str, float] = {
     "kind-count": 0.8,
     "color-count": 0.6,
     "number": 1.0,
-    "letters": 0.4,
-    "word": 0.7,
     "color-choice": 0.9,
     "shape-choice": 0.7,
     "count-choice": 0.5,
-    "side": 1.0,
+    "side": 0.7,
+    "half": 0.7,
     "relation": 1.0,
 }
 """How often each form of question is asked, relative to the others."""
@@ -68,6 +67,7 @@ class Recipe:
         pairs: share of batches that compare two pictures.
         clips: whether clips are asked about, not pictures.
         token_patch: px of a picture that one LLM token stands for, if the projector is to be taught what tokens show.
+        shown_where: whether a fresh language model, while its questions are easy, is shown where to look.
         length: tokens of packed questions per row.
         font_sizes: of the signs, in px.
         text_tower: whether to train a CLIP text tower beside the encoder.
@@ -85,6 +85,7 @@ class Recipe:
     pairs: float = 0.0
     clips: bool = False
     token_patch: int | None = None
+    shown_where: bool = False
     length: int = 160
     font_sizes: tuple[int, ...] = (15, 18, 22)
     text_tower: bool = False
@@ -97,10 +98,11 @@ _MICRO_LLAVA = Recipe(
     summary="LLaVA-1.5 with 256 visual tokens, trained to answer from all of them and from some",
     family=Llava(),
     build=lambda: architectures.llava(architectures.clip_vision(224), architectures.llama()),
-    vision=Optimisation(steps=4000, learning_rate=1.2e-3),
-    answers=Optimisation(steps=3700, batch=10),
-    pruned=Optimisation(steps=150, batch=10, learning_rate=8e-4),
+    vision=Optimisation(steps=7800, learning_rate=1.2e-3),
+    answers=Optimisation(steps=3900, batch=10),
+    pruned=Optimisation(steps=250, batch=10, learning_rate=8e-4),
     token_patch=14,
+    shown_where=True,
     text_tower=True,
 )
 
@@ -132,8 +134,8 @@ RECIPES: Mapping[str, Recipe] = {
         summary="Qwen2.5-VL at its own resolution, 36 to 80 visual tokens in training",
         family=Qwen(),
         build=architectures.qwen,
-        vision=Optimisation(steps=4200, learning_rate=1.2e-3),
-        answers=Optimisation(steps=2000),
+        vision=Optimisation(steps=7700, learning_rate=1.2e-3),
+        answers=Optimisation(steps=4800),
         pruned=Optimisation(steps=300, learning_rate=8e-4),
         pairs=0.15,
         token_patch=28,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.evals.micro.training import architectures
-from mmcompress.evals.micro.training.answering import Dropout, answer, drop, keep_all
+from mmcompress.evals.micro.training.answering import Dropout, answer, drop, keep_all, looking
 from mmcompress.evals.micro.training.batches import AnswersBatch, AnswersBatches, VisionBatch, VisionBatches
 from mmcompress.evals.micro.training.families import Hidden, Prefix
 from mmcompress.evals.micro.training.grounding import ground
@@ -20,6 +20,7 @@ from mmcompress.evals.micro.training.vision import Metrics, VisionHeads
 _PRUNED_SHARE = 0.6
 _FEWEST_KEPT = 0.05
 _SCALE_BATCHES = 4
+_LOOKING_LAYER, _LOOKING_HEADS, _LOOKING_WEIGHT = -2, 2, 0.2
 
 
 @dataclass
@@ -55,17 +56,20 @@ class Modules:
         heads = VisionHeads(vision.hidden_size, levels=2 if with_cls else 1, summaries=2 if with_cls else 0)
         return cls(model, heads, token_heads, architectures.clip(vision) if recipe.text_tower else None)
 
-    def prepare(self, recipe: Recipe, device: torch.device) -> None:
-        """Move everything to `device` and choose the fastest implementations for it."""
+    def prepare(self, recipe: Recipe, device: torch.device, compiled: bool) -> None:
+        """Move everything to `device`, choose the fastest attention for it and compile what takes longest."""
         encoder = recipe.family.encoder(self.model)
         self.model.set_attn_implementation(recipe.family.cpu_attention if device.type == "cpu" else "sdpa")
+        if recipe.shown_where:
+            self.model.set_attn_implementation({"text_config": "eager"})
         for module in self.named().values():
             module.to(device).train()
         if self.clip is not None:
             self.clip.vision_model = getattr(encoder, "vision_model", encoder)
-        if device.type == "cuda":
+        if compiled:
             encoder.compile()
-            self.model.model.language_model.compile()
+            if not recipe.shown_where:
+                self.model.model.language_model.compile()
 
     def named(self) -> dict[str, nn.Module]:
         """The modules there are, by name."""
@@ -130,9 +134,17 @@ class AnswersStage:
         prefix = self._recipe.family.prefix(self._model, batch.pictures)
         features = self._recipe.family.features(self._model, batch.pictures)
         dropout = self._dropout(prefix, len(batch.ids), step)
-        loss, right = answer(self._model, features, prefix, dropout, batch.ids, batch.block, batch.offset, batch.target)
+        watched = self._recipe.shown_where and self.data.easy(step)
+        loss, right, looks = answer(
+            self._model, features, prefix, dropout, batch.ids, batch.block, batch.offset, batch.target, watched
+        )
         complete = dropout.kept.shape[1] == len(prefix.ids)
         metrics = {"answers" if complete else "answers on fewer tokens": right}
+        if watched:
+            look = looks[_LOOKING_LAYER][:, :_LOOKING_HEADS, :, prefix.visual.to(features.device)]
+            missed = looking(look, batch.referent, batch.owners)
+            loss = loss + _LOOKING_WEIGHT * missed
+            metrics["looks"] = (-missed.detach()).exp()
         if self._token_heads is not None:
             teaching, shares = self._token_heads(Hidden([features], []), batch.labels, None)
             loss = loss + teaching

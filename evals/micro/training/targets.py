@@ -28,9 +28,8 @@ BINS = 12
 IGNORE = -100
 
 _PAIRS = len(COLOR_NAMES) * len(SHAPE_NAMES)
-_PER_SLOT = len(COLOR_NAMES) * len(CHARACTERS)
-SUMMARY = _PAIRS + len(COLOR_NAMES) + 2 * _PER_SLOT
-"""Facts about a whole picture: pairs of colour and shape, colours of signs, first and second characters of signs."""
+SUMMARY = _PAIRS + len(COLOR_NAMES)
+"""Facts about a whole picture: pairs of colour and shape, colours of signs."""
 
 # kind, colour, the sign's characters, column and row of the object's centre, the character nearest to the patch
 FIELDS: tuple[int, ...] = (KINDS, len(COLOR_NAMES), *[BLANK + 1] * SLOTS, BINS, BINS, len(CHARACTERS))
@@ -111,9 +110,5 @@ def _summary(scene: Scene) -> NDArray[np.float32]:
     for shape in scene.shapes:
         facts[COLOR_NAMES.index(shape.color) * len(SHAPE_NAMES) + SHAPE_NAMES.index(shape.kind)] = 1
     for sign in scene.signs:
-        color = COLOR_NAMES.index(sign.color)
-        facts[_PAIRS + color] = 1
-        for slot in range(2):
-            start = _PAIRS + len(COLOR_NAMES) + slot * _PER_SLOT + color * len(CHARACTERS)
-            facts[start + CHARACTERS.index(sign.text[slot])] = 1
+        facts[_PAIRS + COLOR_NAMES.index(sign.color)] = 1
     return facts

@@ -46,6 +46,7 @@ class Trainer:
         start: folder of the model to start from, if not the embedded one, for recipes that have one.
         device: where to train.
         scale: multiplies the number of steps, to try a recipe.
+        compiled: whether to compile the model first.
 
     Raises:
         SpecError: there is no such recipe, it needs a `start`, or the checkpoint is of another run.
@@ -53,7 +54,14 @@ class Trainer:
     """
 
     def __init__(
-        self, name: str, folder: Path, *, start: Path | None = None, device: str = "cpu", scale: float = 1.0
+        self,
+        name: str,
+        folder: Path,
+        *,
+        start: Path | None = None,
+        device: str = "cpu",
+        scale: float = 1.0,
+        compiled: bool = False,
     ) -> None:
         self.name, self.folder, self.device, self.scale = name, folder, torch.device(device), scale
         self.recipe = find_recipe(name)
@@ -66,7 +74,7 @@ class Trainer:
             self._resume()
         elif self.recipe.start is not None:
             export.take_weights(self.modules.model, self.recipe, start)
-        self.modules.prepare(self.recipe, self.device)
+        self.modules.prepare(self.recipe, self.device, compiled)
 
     def run(
         self, seconds: float | None = None, workers: int = 0, report: Callable[[Row], None] = lambda row: None

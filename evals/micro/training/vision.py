@@ -11,7 +11,7 @@ from mmcompress.evals.micro.training.targets import BACKGROUND, BLANK, FIELDS, I
 
 # Of the layer the LLM reads, and of the last.
 _PATCH_WEIGHTS = (1.0, 0.3)
-_SUMMARY_WEIGHTS = (0.15, 0.3)
+_SUMMARY_WEIGHTS = (0.5, 0.5)
 _BACKGROUND_WEIGHT = 0.15
 _FIELD_WEIGHTS = (1.0, 1.0, *[0.5] * SLOTS, 0.2, 0.2, 1.0)
 _RARE_FACT_WEIGHT = 4.0
