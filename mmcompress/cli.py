@@ -7,7 +7,7 @@ import inspect
 import platform
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,14 +102,33 @@ def _root(
 
 
 @app.command("list")
-def list_methods() -> None:
-    """List the methods.
+def list_methods(
+    matrix: Annotated[bool, typer.Option("--matrix", help="Say which method works on which model family.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Write the matrix as Markdown.")] = False,
+) -> None:
+    """List the methods, or what each can do on each model family.
 
-    Try: mmcompress list
+    Try:
+
+      mmcompress list
+      mmcompress list --matrix
     """
     from mmcompress.registry import METHODS
 
     plugins = METHODS.plugins()
+    if matrix or markdown:
+        _quieten()
+        from mmcompress.evals import capabilities
+        from mmcompress.integrations.hf.capability import matrix as measure
+
+        found = measure([name for name in METHODS.names() if name not in plugins])
+        if markdown:
+            typer.echo(capabilities.markdown(found), nl=False)
+        else:
+            table, reasons = capabilities.table(found)
+            Console().print(table)
+            Console().print(*reasons, sep="\n", highlight=False, markup=False)
+        return
     table = Table("method", "class", "stage", "summary", "paper")
     for column in table.columns:
         column.overflow = "fold"
@@ -156,8 +175,13 @@ def info(
     console.print(options if options.row_count else "no options")
 
     families = Table("model family", "reads", title="on each model family, at its default size", title_justify="left")
-    for family, reads in _needs_by_family(Spec(spec.name, None, spec.options)):
-        families.add_row(family, reads)
+    _quieten()
+    from mmcompress.integrations.hf.capability import capability, models
+
+    for family, model in models():
+        found = capability(model, spec)
+        no = f"[red]no:[/] {escape(found.reason)}"
+        families.add_row(family, no if found.needs is None else _reads(found.needs))
     console.print(families)
 
 
@@ -390,32 +414,14 @@ def _prompt(model: Any, processor: Any, pictures: list[Image], question: str) ->
     return inputs.to(model.device, model.dtype)
 
 
-def _needs_by_family(spec: Any) -> Iterator[tuple[str, str]]:
-    """For every supported family what the method reads, or why it cannot; told by a model without weights."""
-    _quieten()
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from mmcompress.integrations.hf.families import FAMILIES
-
-    for family in FAMILIES:
-        config = AutoConfig.for_model(family)
-        text = config.get_text_config()
-        text.num_hidden_layers, text.pad_token_id = 1, None  # the vision encoder alone decides
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
-        try:
-            with mmcompress.wrap(model, spec, keep=1.0) as handle:
-                needs = handle.needs
-        except MMCompressError as error:
-            yield family, f"[red]no:[/] {escape(str(error))}"
-            continue
-        reads = [
-            f"{name} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-            for name, layers in needs.layers().items()
-        ]
-        reads += [name for name in ("features", "text", "embeddings") if getattr(needs, name)]
-        yield family, "; ".join(reads) or "nothing"
+def _reads(needs: Any) -> str:
+    """What a method reads of a model, in words."""
+    reads = [
+        f"{name} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        for name, layers in needs.layers().items()
+    ]
+    reads += [name for name in ("features", "text", "text_tower", "embeddings") if getattr(needs, name)]
+    return "; ".join(reads) or "nothing"
 
 
 def _versions(problems: list[str]) -> Table:

@@ -1,0 +1,80 @@
+"""Which method works on which model family, told by models without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from mmcompress.errors import MMCompressError
+from mmcompress.integrations.hf.families import FAMILIES
+from mmcompress.integrations.hf.handle import wrap
+from mmcompress.registry import METHODS
+from mmcompress.spec import Spec
+from mmcompress.types import Needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """What comes of a method on a family.
+
+    Args:
+        spec: the method with its defaults, or with the fewest other options that make it work.
+        needs: what it reads of a model of the family's default size; None if it does not work.
+        reason: why its defaults do not work; "" if they do.
+    """
+
+    spec: Spec
+    needs: Needs | None
+    reason: str = ""
+
+
+def models() -> Iterator[tuple[str, Any]]:
+    """Every family with a model of its default size, without weights and with a single LLM layer."""
+    for family in FAMILIES:
+        config = AutoConfig.for_model(family)
+        text = config.get_text_config()
+        text.num_hidden_layers, text.pad_token_id = 1, None
+        with torch.device("meta"):
+            yield family, AutoModelForImageTextToText.from_config(config)
+
+
+def capability(model: Any, spec: Spec) -> Capability:
+    """What comes of `spec` on `model`."""
+    try:
+        with wrap(model, Spec(spec.name, None, spec.options), keep=1.0) as handle:
+            return Capability(spec, handle.needs)
+    except MMCompressError as error:
+        return Capability(spec, None, str(error))
+
+
+def matrix(names: list[str]) -> dict[str, dict[str, Capability]]:
+    """Method -> family -> capability; where the defaults are refused, with the fewest options that are not."""
+    found: dict[str, dict[str, Capability]] = {name: {} for name in names}
+    for family, model in models():
+        for name in names:
+            default = capability(model, Spec(name))
+            tried = (capability(model, choice) for choice in _choices(name)) if default.needs is None else ()
+            working = next((other for other in tried if other.needs is not None), None)
+            found[name][family] = default if working is None else dataclasses.replace(working, reason=default.reason)
+    return found
+
+
+def _choices(name: str) -> Iterator[Spec]:
+    """The method with other values of its choice options, fewest first; `compat` never makes a method possible."""
+    cls = METHODS.get(name)
+    hints = typing.get_type_hints(cls)
+    others = [
+        [(option.name, value) for value in typing.get_args(hints[option.name]) if value != option.default]
+        for option in dataclasses.fields(cls)
+        if typing.get_origin(hints[option.name]) is Literal and option.name != "compat"
+    ]
+    for count in range(1, len(others) + 1):
+        for changed in itertools.combinations(others, count):
+            for values in itertools.product(*changed):
+                yield Spec(name, None, dict(values))
