@@ -11,18 +11,27 @@ import torch
 from mmcompress.budget import Budget
 from mmcompress.errors import InputError, SpecError
 from mmcompress.registry import MethodInfo
-from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
+from mmcompress.types import EncoderFacts, Needs, Selection, Space, VisualItem
 
 
 class VisualMethod(ABC):
     """Answers one question about an item: which tokens stay, and what do they absorb?
 
-    Subclasses are frozen dataclasses whose fields are the options; `keep` is never one of them. `exact_count` is
-    False only for methods that may return fewer tokens than the budget by definition.
+    Subclasses are frozen dataclasses whose fields are the options; `keep` is never one of them. Where the authors'
+    code departs from their paper, `compat: Literal["none", "official"] = "none"` is the one switch that follows it.
     """
 
     info: ClassVar[MethodInfo]
-    exact_count: ClassVar[bool] = True
+
+    @property
+    def exact_count(self) -> bool:
+        """Whether exactly the budget is kept; False only where a rule keeps fewer by definition."""
+        return True
+
+    @property
+    def space(self) -> Space:
+        """Where weights apply: to "projected" tokens, or "pre_projector" to the features that become tokens."""
+        return "projected"
 
     def needs(self, encoder: EncoderFacts) -> Needs:
         """The statistics to tap, with layers resolved for this encoder."""

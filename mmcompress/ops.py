@@ -2,6 +2,7 @@
 
 from mmcompress.kernels.attention_colsum.reference import attention_colsum
 from mmcompress.kernels.attention_rows.reference import attention_rows
+from mmcompress.kernels.dpp_select.reference import dpp_select
 from mmcompress.kernels.greedy_select.reference import greedy_select
 
-__all__ = ["attention_colsum", "attention_rows", "greedy_select"]
+__all__ = ["attention_colsum", "attention_rows", "dpp_select", "greedy_select"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 Positions = Literal["renumber", "original"]
 Modality = Literal["image", "video"]
+Space = Literal["projected", "pre_projector"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class EncoderFacts:
         used: layers 0..used-1 shape the features that reach the LLM.
         global_layers: the layers below `used` in which every patch attends to the whole image.
         missing: statistics this encoder cannot supply, each with the reason.
+        no_pre_projector: why features cannot be merged before the projector; "" if it maps each token by itself.
     """
 
     depth: int
     used: int
     global_layers: tuple[int, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
+    no_pre_projector: str = ""
 
     def scale_layer(self, layer: int, paper_depth: int) -> int:
         """Map a layer stated for a paper's encoder of `paper_depth` layers to this depth, clamped to used layers."""
@@ -50,6 +53,7 @@ class Needs:
         key_metric: keys averaged over heads.
         features: encoder output before the projector.
         text: embeddings of the prompt's text tokens.
+        text_tower: folder of a CLIP whose text side reads what the prompt asks; read together with `features`.
         embeddings: whether the token embeddings are read to score or merge tokens (and so must be finite).
     """
 
@@ -61,6 +65,7 @@ class Needs:
     key_metric: tuple[int, ...] = ()
     features: bool = False
     text: bool = False
+    text_tower: str | None = None
     embeddings: bool = False
 
     def layers(self) -> dict[str, tuple[int, ...]]:
@@ -80,6 +85,8 @@ class VisualItem:
         embeddings: `[tokens, dim]`, projected tokens in sequence order.
         grids: `(rows, columns)` of each plane (thumbnail, stitched crops, frame), in sequence order, raster inside.
         tiles: `[tokens]`, the encoder tile each token comes from; 0 is the thumbnail of a tiled image.
+        crops: `(rows, columns)` of the crops of a tiled image whose two planes are its thumbnail and its stitched
+            crops, tiles 1.. in raster order; None for any other item.
         modality: "image" or "video".
         label: how error messages call the item.
         cls_rows: layer -> `[tokens, heads]`.
@@ -90,6 +97,7 @@ class VisualItem:
         key_metric: layer -> `[tokens, head_dim]`.
         features: `[tokens, width]` encoder output before the projector.
         text: `[text_tokens, dim]` embeddings of the row's text tokens.
+        relevance: `[text_chunks, tokens]` cosine of each token's features with what the row asks, in a CLIP's space.
     """
 
     embeddings: Tensor
@@ -97,6 +105,7 @@ class VisualItem:
     tiles: Tensor
     modality: Modality = "image"
     label: str = "item"
+    crops: tuple[int, int] | None = None
     cls_rows: Statistic = field(default_factory=dict)
     cls_logits: Statistic = field(default_factory=dict)
     cls_rows_full_width: Statistic = field(default_factory=dict)
@@ -105,6 +114,7 @@ class VisualItem:
     key_metric: Statistic = field(default_factory=dict)
     features: Tensor | None = None
     text: Tensor | None = None
+    relevance: Tensor | None = None
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]

@@ -212,7 +212,9 @@ def test_a_method_that_keeps_the_wrong_number_is_caught(registry: Registry, exac
     @registry.register("wrong", summary="s", family="f")
     @dataclass(frozen=True)
     class Wrong(VisualMethod):
-        exact_count = exact
+        @property
+        def exact_count(self) -> bool:
+            return exact
 
         def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
             return Selection(torch.arange(count))

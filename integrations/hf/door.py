@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from mmcompress.accounting import ItemStats, LLMShape, Stats
@@ -24,6 +24,7 @@ from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt
 from mmcompress.integrations.hf.clock import Span, StageClock
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.placement import Placed, place_items
+from mmcompress.integrations.hf.text_tower import TextTower
 from mmcompress.integrations.hf.vision import Encoded, Vision
 from mmcompress.method import VisualMethod
 from mmcompress.types import Modality, Needs, Positions, Selection, Trace
@@ -73,6 +74,7 @@ class _Forward(threading.local):
     """What one thread's forward pass carries from hook to hook."""
 
     def __init__(self) -> None:
+        self.ids: Tensor | None = None
         self.visual: dict[Modality, Tensor] = {}
         self.call = Call()
 
@@ -85,13 +87,15 @@ class Door:
         self._method = method
         self._needs = needs
         self._positions = positions
+        self._projector = family.projector if method.space == "pre_projector" else None
+        self._text_tower = None if needs.text_tower is None else TextTower(needs.text_tower, family)
         self._decoder: Any = family.base.get_decoder()
         self._forward = _Forward()
         self.keep = keep
         self.clock = StageClock()
         self.stats: Stats | None = None
         self.trace: list[Trace] = []
-        self.vision = Vision(family, needs)
+        self.vision = Vision(family, needs, self._projector)
         base, decoder = family.base, self._decoder
         self._hooks = [
             base.register_forward_pre_hook(self._before_base, with_kwargs=True),
@@ -119,7 +123,7 @@ class Door:
         # The token ids alone would not tell: a generated token may equal the placeholder.
         if not outputs and all(kwargs.get(name) is None for name in FEATURE_INPUTS):
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        self._forward.ids = ids = kwargs.get("input_ids", args[0] if args else None)
         for modality, token in self._family.token_ids.items():
             if ids is not None:
                 self._forward.visual[modality] = ids == token
@@ -209,7 +213,9 @@ class Door:
         embeds: Tensor = kwargs["inputs_embeds"]
         length, span = embeds.shape[1], Span(embeds.device)
         pending = self.vision.pending
-        placed = place_items(self._family, self._needs, pending, embeds, call.visual, current)
+        placed = place_items(
+            self._family, self._needs, pending, embeds, call.visual, current, self._text_tower, self._forward.ids
+        )
         selections = self._method.compress([entry.item for entry in placed], self.keep, self._needs)
 
         keep, source = current.clone(), torch.arange(length, device=embeds.device).repeat(len(embeds), 1)
@@ -232,7 +238,7 @@ class Door:
             kwargs["visual_pos_masks"] = visual
             kwargs["deepstack_visual_embeds"] = [plane[take(plane_row, origin)[visual]] for plane in planes]
         flat_row = torch.arange(embeds.shape[0] * length, device=embeds.device).view(-1, length)
-        merged = _merge(embeds.flatten(0, 1), flat_row, placed, selections).view_as(embeds)
+        merged = _merge(embeds.flatten(0, 1), flat_row, placed, selections, self._projector).view_as(embeds)
         kwargs["inputs_embeds"] = take(merged, origin)
 
         kept_positions = _take_positions(positions, origin)
@@ -315,15 +321,30 @@ def llm_shape(decoder: Any) -> LLMShape:
     )
 
 
-def _merge(rows: Tensor, row_of: Tensor, placed: Sequence[Placed], selections: Sequence[Selection]) -> Tensor:
-    """Write what merged tokens absorb into `rows` `[all, dim]`; `row_of` `[batch, length]` finds a token's row."""
+def _merge(
+    rows: Tensor,
+    row_of: Tensor,
+    placed: Sequence[Placed],
+    selections: Sequence[Selection],
+    projector: nn.Module | None = None,
+) -> Tensor:
+    """Write what merged tokens absorb into `rows` `[all, dim]`; `row_of` `[batch, length]` finds a token's row.
+
+    With a `projector`, tokens absorb features and are made of them anew.
+    """
     if all(selection.weight is None for selection in selections):
         return rows
     merged = rows.clone()
     for entry, selection in zip(placed, selections, strict=True):
-        for row in entry.rows if selection.weight is not None else ():
-            members = row_of[row, entry.positions]
-            merged[members[selection.anchor]] = selection.apply(rows[members])
+        if selection.weight is None:
+            continue
+        members = [row_of[row, entry.positions] for row in entry.rows]
+        if projector is None:
+            outputs = [selection.apply(rows[tokens]) for tokens in members]
+        else:
+            outputs = [projector(selection.apply(cast(Tensor, entry.features))).to(rows)] * len(members)
+        for tokens, output in zip(members, outputs, strict=True):
+            merged[tokens[selection.anchor]] = output
     return merged
 
 

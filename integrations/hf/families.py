@@ -27,11 +27,13 @@ class Layout:
         separator: `[placeholders]` bool; newline tokens, which are never candidates.
         grids: `(rows, columns)` per plane of the other tokens, in sequence order.
         tiles: `[candidates]` encoder tile of each candidate, 0 for the thumbnail.
+        crops: `(rows, columns)` of the crops stitched into the second plane; None if there is no such plane.
     """
 
     separator: Tensor
     grids: tuple[Grid, ...]
     tiles: Tensor
+    crops: Grid | None = None
 
     @classmethod
     def of_planes(cls, grids: Sequence[Grid], device: torch.device) -> Layout:
@@ -49,6 +51,9 @@ class Family(ABC):
 
     positions: Positions = "renumber"
     """How kept tokens are numbered unless the user says otherwise."""
+
+    no_pre_projector = "its projector joins several patches into one token"
+    """Why features cannot be merged before the projector; empty where it maps each token by itself."""
 
     def __init__(self, base: Any) -> None:
         self.base = base
@@ -79,6 +84,11 @@ class Family(ABC):
         """The module whose output goes to the projector."""
         return self.blocks[self.used_layers - 1]
 
+    @property
+    def projector(self) -> nn.Module | None:
+        """The projector, where it maps each token by itself."""
+        return None
+
     has_cls = False
 
     @property
@@ -95,7 +105,7 @@ class Family(ABC):
         """The encoder as methods see it."""
         reason = f"the vision encoder of {type(self.base).__name__} has no CLS token"
         missing = {} if self.has_cls else dict.fromkeys(NEEDS_CLS, reason)
-        return EncoderFacts(len(self.blocks), self.used_layers, self.global_layers, missing)
+        return EncoderFacts(len(self.blocks), self.used_layers, self.global_layers, missing, self.no_pre_projector)
 
     @abstractmethod
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
@@ -125,13 +135,14 @@ class _TiledEncoder(Family):
         return int(vision.image_size) // int(vision.patch_size)
 
     def _patches(self, chunks: list[Tensor]) -> Tensor:
-        """All tiles' values `[tiles, patches, channels]`, CLS removed."""
-        values = torch.cat(chunks)
-        return values[:, 1:] if self.has_cls else values
+        """All tiles' values `[tiles, patches, channels]`, without the CLS token that comes first where there is one."""
+        return torch.cat(chunks)[:, -(self.patches_per_side**2) :]
 
 
 class Llava(_TiledEncoder):
     """LLaVA-1.5: one tile per image, one token per patch."""
+
+    no_pre_projector = ""
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)
@@ -150,6 +161,10 @@ class Llava(_TiledEncoder):
         chosen = self.config.vision_feature_layer
         states = len(self.blocks) + 1
         return max(layer % states for layer in ([chosen] if isinstance(chosen, int) else chosen))
+
+    @property
+    def projector(self) -> nn.Module | None:
+        return cast(nn.Module, self.base.multi_modal_projector)
 
     def parts(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
         by_image = [name for name in ("pixel_values", "image_sizes") if call.get(name) is not None]
@@ -171,7 +186,7 @@ class LlavaNext(Llava):
         side = self.patches_per_side
         packed = self._pack([self._coordinates(grid, rows.device) for grid in self._crop_grids(call)], call)
         layouts = []
-        for (_, crop_columns), values in zip(self._crop_grids(call), packed, strict=True):
+        for crop_grid, values in zip(self._crop_grids(call), packed, strict=True):
             separator = values[:, 0].isnan()
             crops = values[side * side :]
             inside = crops[~crops[:, 0].isnan()]
@@ -179,9 +194,9 @@ class LlavaNext(Llava):
             if len(inside):  # un-padding leaves nothing of very wide or tall images
                 rows_left = len(crops) - len(inside)
                 grids.append((rows_left, len(inside) // rows_left))
-            crop = 1 + (inside[:, 0] // side) * crop_columns + inside[:, 1] // side
+            crop = 1 + (inside[:, 0] // side) * crop_grid[1] + inside[:, 1] // side
             tiles = torch.cat([crop.new_zeros(side * side), crop]).long()
-            layouts.append(Layout(separator, tuple(grids), tiles))
+            layouts.append(Layout(separator, tuple(grids), tiles, crop_grid if len(inside) else None))
         return layouts
 
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
@@ -218,6 +233,8 @@ class LlavaNext(Llava):
 
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision: AnyRes with resized packing, several images one tile each, and video pooled 2x2."""
+
+    no_pre_projector = "behind its projector, frames of a video are pooled and large images resized"
 
     def parts(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [dict(call)]  # whether an image is cropped depends on its neighbours

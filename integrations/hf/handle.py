@@ -43,6 +43,11 @@ class Handle:
         self.encoder: EncoderFacts = family.facts()
         self.needs: Needs = self.method.needs(self.encoder)
         _require_supplied(spec.name, self.needs, self.encoder)
+        if self.method.space == "pre_projector" and self.encoder.no_pre_projector:
+            raise UnsupportedError(
+                f"{spec.name} merges features before the projector, which {type(family.base).__name__} rules out: "
+                f'{self.encoder.no_pre_projector}. Option space="projected" merges projected tokens instead.'
+            )
         self.positions: Positions = config.positions or family.positions
         if spec.keep is None:
             raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a token count, as in keep=0.25.")

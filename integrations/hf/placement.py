@@ -12,6 +12,7 @@ from torch import Tensor
 from mmcompress.errors import InputError, UnsupportedError
 from mmcompress.integrations.hf.families import Family, Layout
 from mmcompress.integrations.hf.taps import FEATURES, Key
+from mmcompress.integrations.hf.text_tower import TextTower
 from mmcompress.integrations.hf.vision import Encoded
 from mmcompress.types import Modality, Needs, VisualItem
 
@@ -24,12 +25,14 @@ class Placed:
         rows: the batch rows that hold it (several under beam search).
         positions: `[candidates]` columns of its candidate tokens.
         separators: how many separator tokens it has beside them.
+        features: `[candidates, width]` what the projector made them of, gradients included; None if it was not tapped.
     """
 
     item: VisualItem
     rows: range
     positions: Tensor
     separators: int
+    features: Tensor | None
 
 
 def place_items(
@@ -39,6 +42,8 @@ def place_items(
     embeds: Tensor,
     visual: Mapping[Modality, Tensor],
     current: Tensor,
+    text_tower: TextTower | None = None,
+    ids: Tensor | None = None,
 ) -> list[Placed]:
     """Find every encoded item in the prompts, in row order.
 
@@ -49,12 +54,17 @@ def place_items(
         embeds: `[batch, length, dim]` prompt embeddings, features merged in.
         visual: `[batch, length]` placeholder masks by modality.
         current: `[batch, length]` which columns are no padding.
+        text_tower: what relates features to the prompts' text, for methods that need it.
+        ids: `[batch, length]` token ids of the prompts, where they are known.
 
     Raises:
-        UnsupportedError: an item was not encoded under watch, or is only partly here.
+        UnsupportedError: an item was not encoded under watch, or is only partly here; or `text_tower` has no `ids`.
         InputError: placeholders and features do not match.
     """
     any_visual = torch.stack([mask.to(embeds.device) for mask in visual.values()]).any(dim=0)
+    is_text = current & ~any_visual
+    if text_tower is not None and ids is None:
+        raise UnsupportedError("the text tower reads the prompt's token ids; pass input_ids, not inputs_embeds.")
     placed = []
     for modality, mask in visual.items():
         places = mask.to(embeds.device).nonzero()
@@ -72,18 +82,23 @@ def place_items(
             if int(at[-1, 0]) != row:
                 raise InputError(f"{modality} {number} has {len(at)} features but row {row} has room for fewer.")
             candidates = columns[~layout.separator.to(columns.device)]
+            features = values[FEATURES].to(embeds.device) if FEATURES in values else None
             item = VisualItem(
                 embeddings=embeds.detach()[row, candidates],
                 grids=layout.grids,
                 tiles=layout.tiles.to(embeds.device),
                 modality=modality,
                 label=f"{modality} {number} (row {row})",
-                features=values[FEATURES].to(embeds.device) if FEATURES in values else None,
-                text=embeds.detach()[row, current[row] & ~any_visual[row]] if needs.text else None,
+                crops=layout.crops,
+                features=None if features is None else features.detach().float(),
+                text=embeds.detach()[row, is_text[row]] if needs.text else None,
                 **_by_layer(values, embeds.device),
             )
+            if text_tower is not None and ids is not None and item.features is not None:
+                prompt = ids[row, is_text[row].to(ids.device)]
+                item = replace(item, relevance=text_tower.relevance(item.features, prompt))
             rows = range(row, row + copies)
-            placed.append(Placed(item, rows, candidates, int(layout.separator.sum())))
+            placed.append(Placed(item, rows, candidates, int(layout.separator.sum()), features))
     return sorted(placed, key=lambda entry: (entry.rows[0], int(entry.positions[0])))
 
 

@@ -64,8 +64,17 @@ AttentionInterface.register(FLASH_TAP, _tapped_attention)
 class Taps:
     """The taps one method needs on one vision encoder."""
 
-    def __init__(self, attentions: list[nn.Module], feature_source: nn.Module, needs: Needs) -> None:
-        """Tap layers of `attentions`, and the output of `feature_source` where features are needed."""
+    def __init__(
+        self,
+        attentions: list[nn.Module],
+        feature_source: nn.Module,
+        needs: Needs,
+        projector: nn.Module | None = None,
+    ) -> None:
+        """Tap layers of `attentions`, and the output of `feature_source` where features are needed.
+
+        With a `projector` its input is tapped instead, gradients included, so that it can be run on merged features.
+        """
         self._collecting: ContextVar[Captured | None] = ContextVar("collecting", default=None)
         self._tapped: list[tuple[nn.Module, Any]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -75,8 +84,10 @@ class Taps:
                 names[layer].append(name)
         for layer, wanted in names.items():
             self._tap(attentions[layer], layer, wanted)
-        if needs.features:
-            self._hooks.append(feature_source.register_forward_hook(self._collect_features))
+        if projector is not None:
+            self._hooks.append(projector.register_forward_pre_hook(self._collect_input))
+        elif needs.features:
+            self._hooks.append(feature_source.register_forward_hook(self._collect_output))
 
     def _tap(self, attention: nn.Module, layer: int, names: list[str]) -> None:
         original: Any = attention.config
@@ -99,12 +110,16 @@ class Taps:
         attention.config = tapped
         self._tapped.append((attention, original))
 
-    def _collect_features(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _collect_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._collect_features(args[0])
+
+    def _collect_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._collect_features((output[0] if isinstance(output, tuple) else output).detach().float())
+
+    def _collect_features(self, hidden: Tensor) -> None:
         captured = self._collecting.get()
         if captured is not None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            hidden = hidden if hidden.dim() == 3 else hidden[None]
-            captured.setdefault(FEATURES, []).append(hidden.detach().float())
+            captured.setdefault(FEATURES, []).append(hidden if hidden.dim() == 3 else hidden[None])
 
     @contextmanager
     def collect(self) -> Iterator[Captured]:

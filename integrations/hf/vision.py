@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcompress.integrations.hf.clock import Span
@@ -67,13 +67,13 @@ class Vision:
     so the feature methods are the only place that sees layouts in every version.
     """
 
-    def __init__(self, family: Family, needs: Needs) -> None:
+    def __init__(self, family: Family, needs: Needs, projector: nn.Module | None) -> None:
         self._family = family
         self._local = _Local()
         self._replaced: list[str] = []
         self._memo: dict[Any, tuple[Any, Encoded]] = {}
         self._reusing = False
-        self._taps = Taps(family.attentions, family.feature_source, needs)
+        self._taps = Taps(family.attentions, family.feature_source, needs, projector)
         for modality in family.token_ids:
             name = ENCODERS[modality]
             setattr(family.base, name, self._watch(modality, getattr(family.base, name)))

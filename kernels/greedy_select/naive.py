@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 
-def greedy_select(tokens: Tensor, count: int, pivot: int, objective: str) -> Tensor:
-    """Indices `[count]` in order of choice, `pivot` first."""
+def greedy_select(tokens: Tensor, count: int, pivot: int | None, objective: str) -> Tensor:
+    """Indices `[count]` in order of choice, `pivot` first; without one, the token farthest from all others."""
     unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
     similarity = unit @ unit.T
+    if pivot is None:
+        everyone = range(len(tokens))
+        closest = [max((float(similarity[i, j]) for j in everyone if j != i), default=0.0) for i in everyone]
+        pivot = closest.index(min(closest))
     chosen = [pivot]
     while len(chosen) < count:
         candidates = [i for i in range(len(tokens)) if i not in chosen]

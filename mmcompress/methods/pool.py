@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,10 @@ class Pool(VisualMethod):
     A pooled token takes the position of its window's centre cell.
     """
 
-    exact_count: ClassVar[bool] = False
+    @property
+    def exact_count(self) -> bool:
+        """False: a grid of the right aspect rarely has as many cells as the budget."""
+        return False
 
     def needs(self, encoder: EncoderFacts) -> Needs:
         """The embeddings, which are averaged."""

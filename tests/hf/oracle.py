@@ -17,12 +17,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
-from mmcompress.types import EncoderFacts, Modality, Positions, Selection, VisualItem
+from mmcompress.types import EncoderFacts, Modality, Positions, Selection, Space, VisualItem
 
 Inputs = Mapping[str, Any]
 Grids = tuple[tuple[int, int], ...]
 
 _CLS_FAMILIES = ("llava", "llava_next", "internvl")
+_TOKENWISE_FAMILIES = ("llava", "llava_next")  # whose projector maps each token by itself, with nothing behind it
 _QWEN_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _MEDIA: dict[Modality, tuple[str, ...]] = {
     "image": ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images", "pixel_attention_mask"),
@@ -39,12 +40,14 @@ class ReferenceItem:
         positions: `[tokens]`, columns of its candidates in the padded row.
         separators: `[newlines]`, columns of its newline tokens.
         item: the item as a method should see it, with the statistics of all encoder layers.
+        align: `[tokens, patches]`, each token as a weighted mean of the item's patches.
     """
 
     row: int
     positions: Tensor
     separators: Tensor
     item: VisualItem
+    align: Tensor
 
 
 @dataclass(frozen=True)
@@ -160,11 +163,13 @@ class _Layout:
         grids: planes, as in `VisualItem`.
         tiles: `[tokens]`, as in `VisualItem`.
         align: `[tokens + separators, patches]`, each token as a weighted mean of patches; NaN rows are separators.
+        crops: as in `VisualItem`.
     """
 
     grids: Grids
     tiles: Tensor
     align: Tensor
+    crops: tuple[int, int] | None = None
 
 
 def _grouped(groups: Tensor) -> Tensor:
@@ -206,7 +211,7 @@ def _tiled_layout(model: PreTrainedModel, family_name: str, image_size: Tensor, 
     newlines = align[side**2 :].isnan().any(-1).nonzero().flatten()
     stitched = (len(newlines), int(newlines[0]))
     crop_tiles = _crop_tiles(sys.modules[type(base).__module__], image_size.tolist(), crops, side, stitched)
-    return _Layout(((side, side), stitched), torch.cat([thumbnail, crop_tiles]), align)
+    return _Layout(((side, side), stitched), torch.cat([thumbnail, crop_tiles]), align, crops)
 
 
 def _shuffled_layout(model: PreTrainedModel, family_name: str, tiles: int) -> _Layout:
@@ -393,6 +398,7 @@ def reference_items(model: PreTrainedModel, family_name: str, inputs: Inputs) ->
                 grids=layout.grids,
                 tiles=layout.tiles,
                 modality=modality,
+                crops=layout.crops,
                 features=align @ features[patches],
                 text=rows[row].embeddings[text],
                 **{
@@ -400,7 +406,7 @@ def reference_items(model: PreTrainedModel, family_name: str, inputs: Inputs) ->
                     for name, by_layer in statistics.items()
                 },
             )
-            items.append(ReferenceItem(row, columns[~newline], columns[newline], item))
+            items.append(ReferenceItem(row, columns[~newline], columns[newline], item, align))
     return sorted(items, key=lambda item: (item.row, int(item.positions[0])))
 
 
@@ -413,7 +419,24 @@ def encoder_facts(model: PreTrainedModel, family_name: str) -> EncoderFacts:
     full = vision.fullatt_block_indexes if family_name == "qwen2_5_vl" else range(depth)
     statistics = ("cls_rows", "cls_logits", "cls_rows_full_width")
     missing = {} if family_name in _CLS_FAMILIES else dict.fromkeys(statistics, "the encoder has no CLS token")
-    return EncoderFacts(depth, used, tuple(layer for layer in full if layer < used), missing)
+    reason = "" if family_name in _TOKENWISE_FAMILIES else "the projector mixes patches"
+    return EncoderFacts(depth, used, tuple(layer for layer in full if layer < used), missing, reason)
+
+
+def _merged(
+    model: PreTrainedModel, inputs: Inputs, items: Sequence[ReferenceItem], selections: Sequence[Selection]
+) -> list[Tensor]:
+    """Per item the tokens that the projector makes of merged features, `[kept, dim]`; differentiable."""
+    given: list[Tensor] = []
+    projector = _projector(model.base_model)
+    hook = projector.register_forward_pre_hook(lambda module, args: given.append(args[0].flatten(0, 1)))
+    _encode(model, inputs, "image")
+    hook.remove()
+    patches = torch.cat(given).split([item.align.shape[1] for item in items])
+    return [
+        projector(selection.apply(item.align @ own))
+        for item, own, selection in zip(items, patches, selections, strict=True)
+    ]
 
 
 def _compressed(
@@ -423,20 +446,23 @@ def _compressed(
     items: Sequence[ReferenceItem],
     selections: Sequence[Selection],
     positions: Positions,
+    space: Space,
 ) -> list[tuple[_Row, Tensor]]:
     """Per row the sequence that is left, and `[length]` the padded column each token stands for (its slot)."""
     answer = []
+    merged = _merged(model, inputs, items, selections) if space == "pre_projector" else [None] * len(items)
     for number, row in enumerate(_prompt(model, family_name, inputs)):
-        own = [(item, selection) for item, selection in zip(items, selections, strict=True) if item.row == number]
+        triples = zip(items, selections, merged, strict=True)
+        own = [triple for triple in triples if triple[0].row == number]
         length = len(row.embeddings)
         embeddings, ids = row.embeddings.clone(), row.positions.clone()
         levels = None if row.deepstack is None else [level.clone() for level in row.deepstack]
         kept = inputs["attention_mask"][number].bool().clone()
-        for reference, selection in own:
+        for reference, selection, tokens in own:
             slots = reference.positions[selection.anchor.sort().values]
             kept[reference.positions] = False
             kept[slots] = True
-            embeddings[slots] = selection.apply(row.embeddings[reference.positions])
+            embeddings[slots] = selection.apply(row.embeddings[reference.positions]) if tokens is None else tokens
             ids[..., slots] = row.positions[..., reference.positions[selection.anchor]]
             for level, original in zip(levels or (), row.deepstack or (), strict=True):
                 level[slots] = selection.apply(original[reference.positions])
@@ -479,10 +505,11 @@ def recompute(
     selections: Sequence[Selection],
     positions: Positions,
     steps: int,
+    space: Space = "projected",
 ) -> Recomputed:
     """Greedy decoding of every row by itself, each step from scratch; never ends early, as under `min_new_tokens`."""
     tokens, logits = [], []
-    for row, _ in _compressed(model, family_name, inputs, items, selections, positions):
+    for row, _ in _compressed(model, family_name, inputs, items, selections, positions, space):
         chosen: list[int] = []
         steps_logits = []
         for _ in range(steps):
@@ -505,9 +532,10 @@ def forced_logits(
     positions: Positions,
     row: int,
     tokens: Sequence[int],
+    space: Space = "projected",
 ) -> Tensor:
     """`[tokens + 1, vocabulary]`: the logits after the prompt of `row` and after each forced token."""
-    prompt, _ = _compressed(model, family_name, inputs, items, selections, positions)[row]
+    prompt, _ = _compressed(model, family_name, inputs, items, selections, positions, space)[row]
     return _row_logits(model, prompt, tokens)[len(prompt.embeddings) - 1 :]
 
 
@@ -535,13 +563,15 @@ def loss(
     positions: Positions,
     labels: Tensor,
     row: int | None = None,
+    space: Space = "projected",
 ) -> Tensor:
     """Mean cross-entropy of `labels` `[rows, length]`, of one row or over all labels of the batch; differentiable.
 
     Each kept token predicts the kept token after it; labels of -100 do not count.
     """
     losses = []
-    for number, (prompt, columns) in enumerate(_compressed(model, family_name, inputs, items, selections, positions)):
+    compressed = _compressed(model, family_name, inputs, items, selections, positions, space)
+    for number, (prompt, columns) in enumerate(compressed):
         if row is None or number == row:
             logits = _row_logits(model, prompt, ())
             losses.append(functional.cross_entropy(logits[:-1], labels[number, columns[1:]], reduction="none"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from contextlib import nullcontext
@@ -32,11 +33,14 @@ from mmcompress.budget import Budget
 from mmcompress.method import VisualMethod
 from mmcompress.registry import METHODS
 from mmcompress.spec import Spec
-from mmcompress.types import Needs, Positions, Selection, VisualItem
+from mmcompress.types import Needs, Positions, Selection, Space, VisualItem
 
 STEPS, KEEP, TOLERANCE = 5, 0.4, 1e-5
 TRANSFORMERS = Version(transformers.__version__)
 REFERENCE = "todre"
+# Merging before the projector, and what it takes without one that maps each token by itself or a CLS token.
+PRE_PROJECTOR = ("visionzip", "prumerge", "prumerge-plus", "aim")
+WITHOUT_CLS = Spec("visionzip", None, {"score": "received", "space": "projected"})
 # Families whose pixels transformers 5.17 repeats image by image rather than prompt by prompt.
 REPEATED_BY_PIXELS = ("llava", "llava_next", "llava_onevision", "internvl")
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -57,13 +61,16 @@ class Case:
     items: list[ReferenceItem]
     selections: list[Selection]
     positions: Positions
+    space: Space
 
     def answer(self, steps: int = STEPS) -> Recomputed:
-        return recompute(self.model, self.name, self.inputs, self.items, self.selections, self.positions, steps)
+        return recompute(
+            self.model, self.name, self.inputs, self.items, self.selections, self.positions, steps, self.space
+        )
 
     def forced(self, row: int, tokens: list[int]) -> Tensor:
         return forced_logits(
-            self.model, self.name, self.inputs, self.items, self.selections, self.positions, row, tokens
+            self.model, self.name, self.inputs, self.items, self.selections, self.positions, row, tokens, self.space
         )
 
 
@@ -84,7 +91,7 @@ def case(
     needs = method.needs(encoder_facts(model, name))
     selections = method.compress([reference.item for reference in items], Budget(keep), needs)
     default: Positions = "original" if name in MROPE else "renumber"
-    return Case(model, name, inputs, items, selections, positions or default)
+    return Case(model, name, inputs, items, selections, positions or default, method.space)
 
 
 def generate(model: PreTrainedModel, inputs: dict, steps: int = STEPS, **options) -> typing.Any:
@@ -127,12 +134,15 @@ def assert_compressed(output: typing.Any, handle: mmcompress.Handle, expected: C
     assert (changed[text_rows] < TOLERANCE).all(), "text-only rows must not change"
 
 
-@pytest.mark.parametrize("spec", variants(), ids=str)
+@pytest.mark.parametrize("spec", [*variants(), WITHOUT_CLS], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_method_on_every_family(name: str, spec: Spec) -> None:
     model = built(name)
     facts = encoder_facts(model, name)
-    missing = set(METHODS.build(spec.name, spec.options).needs(facts).layers()) & set(facts.missing)
+    method = METHODS.build(spec.name, spec.options)
+    missing = set(method.needs(facts).layers()) & set(facts.missing)
+    if not missing and facts.no_pre_projector and method.space == "pre_projector":
+        missing.add('before the projector, .* space="projected"')
     if missing:
         with pytest.raises(mmcompress.UnsupportedError, match=missing.pop()):
             mmcompress.wrap(model, spec, keep=KEEP)
@@ -319,10 +329,17 @@ def test_a_new_image_in_a_later_turn(
     assert_exact(output, whole.answer(3))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_training_loss_and_gradients(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        *((name, REFERENCE) for name in FAMILIES),
+        *((name, spec) for name in ("llava", "llava_next") for spec in PRE_PROJECTOR),
+        ("llava", "visionzip(space=projected)"),
+    ],
+)
+def test_training_loss_and_gradients(name: str, spec: str) -> None:
     model = FAMILIES[name].build("sdpa")
-    expected = case(name, "mixed", model=model)
+    expected = case(name, "mixed", spec, model=model)
     visual = torch.zeros_like(expected.inputs["input_ids"], dtype=torch.bool)
     for reference in expected.items:
         visual[reference.row, reference.positions] = True
@@ -330,13 +347,22 @@ def test_training_loss_and_gradients(name: str) -> None:
     labels = expected.inputs["input_ids"].masked_fill(visual | (expected.inputs["attention_mask"] == 0), -100)
     labels[torch.arange(len(labels)), expected.inputs["attention_mask"].argmax(1)] = -100  # predicted by padding
 
-    wanted = loss(model, name, expected.inputs, expected.items, expected.selections, expected.positions, labels)
+    wanted = loss(
+        model,
+        name,
+        expected.inputs,
+        expected.items,
+        expected.selections,
+        expected.positions,
+        labels,
+        space=expected.space,
+    )
     wanted.backward()
     gradients = {
         key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None
     }
     model.zero_grad(set_to_none=True)
-    with mmcompress.wrap(model, REFERENCE, keep=KEEP):
+    with mmcompress.wrap(model, spec, keep=KEEP):
         output = model(**expected.inputs, labels=labels, use_cache=False)
         output.loss.backward()
     assert output.logits.shape[:2] == labels.shape
@@ -384,6 +410,42 @@ def test_tokens_in_any_order_that_absorb_others(name: str, positions: Positions)
             assert_exact(generate(expected.model, expected.inputs), expected.answer())
     finally:
         METHODS._classes.pop("test-reversed")
+
+
+@dataclasses.dataclass(frozen=True)
+class First(VisualMethod):
+    """Keeps the first tokens, or makes them anew from features."""
+
+    anew: bool = False
+    space: Space = "pre_projector"
+
+    def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
+        return Selection(torch.arange(budget), torch.eye(len(item))[:budget] if self.anew else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [-2, [-3, -2]], ids=str)
+def test_tokens_made_anew_are_the_models_own(layers: int | list[int], dtype: torch.dtype) -> None:
+    """Whatever the projector is given: the features of one encoder layer or of several, in any precision."""
+    config = copy.deepcopy(built("llava").config)
+    config.vision_feature_layer = layers
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval().to(dtype)
+    inputs = FAMILIES["llava"].inputs(model, "images")
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    METHODS.register("test-first", summary="", family="")(First)
+    try:
+        answers = []
+        for anew in (False, True):
+            with mmcompress.wrap(model, "test-first", keep=KEEP, anew=anew) as handle:
+                answers.append(generate(model, inputs, num_beams=2, output_scores=True))
+                with handle.reuse_vision():
+                    assert torch.equal(generate(model, inputs, num_beams=2).sequences, answers[-1].sequences)
+                assert (handle.trace[0].selection.weight is not None) == anew
+        assert torch.equal(answers[0].sequences, answers[1].sequences)
+        torch.testing.assert_close(answers[0].sequences_scores, answers[1].sequences_scores, atol=1e-5, rtol=0)
+    finally:
+        METHODS._classes.pop("test-first")
 
 
 def test_right_padded_batches_train_alike() -> None:

@@ -74,7 +74,7 @@ def test_items_are_what_eager_maps_say(spy: str, name: str, kind: Kind, attentio
     assert len(SEEN) == len(expected)
     for seen, wanted in zip(SEEN, expected, strict=True):
         assert seen.grids == wanted.grids
-        assert seen.tiles.tolist() == wanted.tiles.tolist()
+        assert seen.tiles.tolist() == wanted.tiles.tolist() and seen.crops == wanted.crops
         assert seen.modality == wanted.modality
         for field in fields(VisualItem):
             value = getattr(seen, field.name)

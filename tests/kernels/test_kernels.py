@@ -48,7 +48,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def test_every_op_has_ground_truth_and_its_tests_here() -> None:
     folders = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__")
-    assert folders == OPS == ["attention_colsum", "attention_rows", "greedy_select"]
+    assert folders == OPS == ["attention_colsum", "attention_rows", "dpp_select", "greedy_select"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -117,6 +117,29 @@ def test_greedy_select_gives_ties_to_the_lower_index(objective: str) -> None:
         assert order == naive(tokens, len(tokens), pivot, objective).tolist()
         assert sorted(order) == list(range(len(tokens)))
     assert reference(torch.ones(5, 3), 4, 2, objective).tolist() == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 5, 512])
+@pytest.mark.parametrize("shape", [(1, 3), (3, 7), (17, 5), (53, 32)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy_select_finds_a_pivot(
+    rows_at_once: int, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, naive = implementations("greedy_select")
+    monkeypatch.setitem(reference.__globals__, "ROWS_AT_ONCE", rows_at_once)
+    tokens = randn(*shape, seed=sum(shape), dtype=dtype)
+    order = reference(tokens, len(tokens), None, "k-center").tolist()
+    assert order == naive(tokens, len(tokens), None, "k-center").tolist()
+    assert order == reference(tokens, len(tokens), order[0], "k-center").tolist()
+
+
+def test_greedy_select_starts_with_the_loneliest() -> None:
+    # Exact cosines: 0 and 1, 2 and 4 are pairs, 3 is at right angles to all, 5 is opposite to the first pair.
+    tokens = torch.eye(4)[[0, 0, 1, 2, 1, 0]] * torch.tensor([1, 1, 1, 1, 1, -1])[:, None]
+    for implementation in implementations("greedy_select"):
+        assert implementation(tokens, 4, None, "k-center").tolist() == [3, 0, 2, 5]
+        assert implementation(tokens[[5, 0, 1]], 1, None, "k-center").tolist() == [0]
+        assert implementation(tokens[:2], 1, None, "k-center").tolist() == [0]
 
 
 def test_the_objectives_differ() -> None:

@@ -1,0 +1,97 @@
+"""CDPruner: tokens that span the most volume together, each as long as it is relevant to the question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmcompress import ops
+from mmcompress.errors import SpecError
+from mmcompress.method import VisualMethod
+from mmcompress.methods._tiles import choose_per_tile
+from mmcompress.registry import register
+from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
+
+OFFSET = 1e-6
+
+
+@register(
+    "cdpruner",
+    summary="Greedy determinantal point process; conditioned on the question where text_tower or relevance says how.",
+    family="diversity",
+    paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs, "
+    "arXiv:2506.10967",
+    licence="Apache-2.0",
+)
+@dataclass(frozen=True)
+class CDPruner(VisualMethod):
+    """Greedy MAP of a determinantal point process over projected tokens, with the kernel r_i cos(i, j) r_j (Section 3).
+
+    The paper's relevance r needs the text tower of the CLIP that the vision encoder comes from: give `text_tower`.
+    By default there is none and the question is not read: r = 1, the process without its condition. Tiles of one image
+    are treated apart and share the budget by size; their relevance is scaled to 0..1 together.
+
+    Args:
+        text_tower: folder of a CLIP model. Its similarity of patches to the question counts negatively, since patches
+            of CLIP are the less like a text the more they show of it.
+        relevance: what r is without a text tower: "none" ignores the question; "text" compares tokens with the LLM's
+            own embeddings of the prompt's text, for models without a CLIP, which the paper does not cover.
+        compat: "official" scales relevance over all items of a batch together.
+    """
+
+    text_tower: str | None = None
+    relevance: Literal["none", "text"] = "none"
+    compat: Literal["none", "official"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.text_tower is not None and self.relevance != "none":
+            raise SpecError(f"cdpruner: text_tower and relevance={self.relevance!r} exclude each other; give one.")
+
+    def needs(self, encoder: EncoderFacts) -> Needs:
+        """The embeddings, and what relevance is told by."""
+        reads_tower = self.text_tower is not None
+        return Needs(features=reads_tower, text=self.relevance == "text", text_tower=self.text_tower, embeddings=True)
+
+    def similarity(self, item: VisualItem) -> Tensor:
+        """How much each token has to do with the question, on any scale, `[tokens]`."""
+        if self.text_tower is not None:
+            assert item.relevance is not None
+            return -item.relevance.mean(dim=0)
+        if self.relevance == "text":
+            assert item.text is not None
+            words = normalize(item.text.float(), dim=-1)
+            return normalize(item.embeddings.float(), dim=-1) @ words.sum(dim=0) / max(len(words), 1)
+        return torch.zeros(len(item), device=item.embeddings.device)
+
+    def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
+        """Keep the tokens of the greedy choice, in raster order."""
+        return self.select_batch([item], [budget], needs)[0]
+
+    def select_batch(self, items: Sequence[VisualItem], budgets: Sequence[int], needs: Needs) -> list[Selection]:
+        """Keep the tokens of the greedy choice within each tile, in raster order."""
+        similarities = [self.similarity(item) for item in items]
+        scales = [torch.cat(similarities)] * len(items) if self.compat == "official" and items else similarities
+        return [
+            Selection(_spanning(item, _scaled(similarity, scale), budget))
+            for item, similarity, scale, budget in zip(items, similarities, scales, budgets, strict=True)
+        ]
+
+
+def _spanning(item: VisualItem, relevance: Tensor, budget: int) -> Tensor:
+    """Indices of the tokens that span the most volume within their tiles, ascending."""
+
+    def choose(members: Tensor, share: int) -> Tensor:
+        return ops.dpp_select(item.embeddings[members], relevance[members], share)
+
+    return choose_per_tile(item.tiles, budget, choose).sort().values
+
+
+def _scaled(similarity: Tensor, among: Tensor) -> Tensor:
+    """`similarity` on the scale where the lowest and the highest `among` are 0 and 1; 1 if all are alike."""
+    low, high = among.aminmax()
+    return (similarity - low + OFFSET) / (high - low) if high > low else torch.ones_like(similarity)
