@@ -136,8 +136,11 @@ def alter(path: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
 
 
 def nudged(tensor: Tensor) -> Tensor:
-    """The tensor with its last element altered: an index by one, a value by a thousandth of the largest."""
+    """The tensor with its last element altered: masks flip, indices grow by one, values by a thousandth of the largest."""
     changed = tensor.clone()
+    if tensor.dtype == torch.bool:
+        changed.view(-1)[-1] ^= True
+        return changed
     changed.view(-1)[-1] += 1e-3 * tensor.abs().max() if tensor.is_floating_point() else 1
     return changed
 
@@ -213,7 +216,8 @@ def test_no_cases_are_a_failure(tmp_path: Path) -> None:
 def test_an_unknown_method_is_an_error() -> None:
     status, output = command("--method", "vtc_clss")
     assert status == 4
-    assert "vtc_clss: no such method has cases; available: capture-clip, todre, vtc-cls" in output
+    known = sorted({handler.method for handler in HANDLERS.values()})
+    assert f"vtc_clss: no such method has cases; available: {', '.join(known)}." in output
 
 
 def test_methods_restrict_a_run(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_unknown_methods_are_named_with_the_nearest(name: str, message: str) -> 
     with pytest.raises(SpecError) as failure:
         METHODS.get(name)
     assert message in str(failure.value)
-    assert "pool, random, todre, uniform, vtc-cls" in str(failure.value)
+    assert f"Available: {', '.join(METHODS.names())}." in str(failure.value)
 
 
 def test_a_policy_that_does_not_exist_is_called_a_policy() -> None:

@@ -28,6 +28,7 @@ _CROWDED_SHARE = 0.8
 _BIG_OBJECTS_UNTIL = 0.4
 _FEWEST_SHAPES = 2
 _MOST_SHAPES = (2, 4, 6, 8)
+# A fresh language model begins with questions about single objects in pictures that show few.
 _EASY_UNTIL = 0.4
 _EASY_MOST_SHAPES = (2, 4)
 _EASY_FORMS = ("exist", "color", "shape", "kind-count", "color-count", "side", "half")
@@ -110,15 +111,11 @@ class AnswersBatches(Dataset[AnswersBatch]):
     def __len__(self) -> int:
         return self._steps
 
-    def easy(self, step: int) -> bool:
-        """Whether a fresh language model is still at single objects in pictures that show few."""
-        fresh = self._stage == "answers" and not self._recipe.keeps_language_model
-        return fresh and step < _EASY_UNTIL * self._steps
-
     def __getitem__(self, step: int) -> AnswersBatch:
         recipe = self._recipe
         rng = np.random.default_rng((recipe.seed, _SERIES[self._stage], step))
-        easy = self.easy(step)
+        fresh = self._stage == "answers" and not recipe.keeps_language_model
+        easy = fresh and step < _EASY_UNTIL * self._steps
         if easy:
             recipe = replace(recipe, pairs=0.0, forms={form: recipe.forms[form] for form in _EASY_FORMS})
         style = _style(rng, recipe, (_FEWEST_SHAPES, int(rng.choice(_EASY_MOST_SHAPES if easy else _MOST_SHAPES))))

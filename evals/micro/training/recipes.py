@@ -67,7 +67,7 @@ class Recipe:
         pairs: share of batches that compare two pictures.
         clips: whether clips are asked about, not pictures.
         token_patch: px of a picture that one LLM token stands for, if the projector is to be taught what tokens show.
-        shown_where: whether a fresh language model, while its questions are easy, is shown where to look.
+        shown_where: whether the language model is shown where to look while it sees all tokens.
         length: tokens of packed questions per row.
         font_sizes: of the signs, in px.
         text_tower: whether to train a CLIP text tower beside the encoder.
@@ -100,7 +100,7 @@ _MICRO_LLAVA = Recipe(
     build=lambda: architectures.llava(architectures.clip_vision(224), architectures.llama()),
     vision=Optimisation(steps=7800, learning_rate=1.2e-3),
     answers=Optimisation(steps=3900, batch=10),
-    pruned=Optimisation(steps=250, batch=10, learning_rate=8e-4),
+    pruned=Optimisation(steps=200, batch=10, learning_rate=8e-4),
     token_patch=14,
     shown_where=True,
     text_tower=True,
