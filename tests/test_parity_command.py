@@ -136,7 +136,7 @@ def alter(path: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
 
 
 def nudged(tensor: Tensor) -> Tensor:
-    """The tensor with its last element altered: masks flip, indices grow by one, values by a thousandth of the largest."""
+    """The tensor with its last element altered: masks flip, indices move by one, values by 0.1 % of the largest."""
     changed = tensor.clone()
     if tensor.dtype == torch.bool:
         changed.view(-1)[-1] ^= True
