@@ -136,7 +136,7 @@ RECIPES: Mapping[str, Recipe] = {
         build=architectures.qwen,
         vision=Optimisation(steps=7700, learning_rate=1.2e-3),
         answers=Optimisation(steps=4800),
-        pruned=Optimisation(steps=300, learning_rate=8e-4),
+        pruned=Optimisation(steps=150, learning_rate=8e-4),
         pairs=0.15,
         token_patch=28,
         canvases=((224, 224), (168, 168), (224, 168), (168, 224), (280, 224), (224, 280)),
