@@ -471,17 +471,19 @@ def _attention() -> str:
 
 
 def _self_test() -> str:
-    """Answer one embedded question with every built-in method; third-party ones are only loaded."""
+    """Answer one embedded question with every built-in method; those that need files and third-party ones just load."""
     from mmcompress.evals.micro import MICROVQA_PATH, load_microvqa
     from mmcompress.evals.runner import evaluate
     from mmcompress.registry import METHODS
 
     for plugin in METHODS.plugins():
         METHODS.get(plugin)
-    names = [name for name in METHODS.names() if name not in METHODS.plugins()]
+    needed = {name: METHODS.get(name).info.requires for name in METHODS.names()}  # type: ignore[attr-defined]
+    names = [name for name, option in needed.items() if name not in METHODS.plugins() and not option]
     model, processor = _load(DEFAULT_MODEL)
     evaluate(model, processor, load_microvqa(1), MICROVQA_PATH, [(name, 0.5) for name in names])
-    return f"{', '.join(names)}: each answered a question with the embedded model"
+    others = "".join(f"; {name} needs {option}=" for name, option in needed.items() if option)
+    return f"{', '.join(names)}: each answered a question with the embedded model{others}"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def soft_match(metric: Tensor, count: int, protected: int = 0) -> Matching:
     """Match `count` tokens at even places with the most similar ones at odd places (ToMe, Section 3).
 
     Outputs come in the order of the published codes: tokens of even places that stay, by falling similarity to their
-    match, then all of odd places. Matched tokens take the place of the odd one.
+    match (in their own order if some are protected), then all of odd places. Matched tokens take the place of the odd
+    one.
 
     Args:
         metric: `[..., tokens, dim]`, compared by cosine.
@@ -58,6 +59,8 @@ def soft_match(metric: Tensor, count: int, protected: int = 0) -> Matching:
     best = best.masked_fill(even < protected, -torch.inf)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     merged, staying = ranked[..., :count], ranked[..., count:]
+    if protected:
+        staying = staying.sort(dim=-1).values
     kept = torch.cat([even[staying], odd.expand(*best.shape[:-1], -1)], dim=-1)
     group = torch.empty(metric.shape[:-1], dtype=torch.long, device=metric.device)
     group.scatter_(-1, kept, torch.arange(kept.shape[-1], device=metric.device).expand(kept.shape))

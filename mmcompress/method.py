@@ -55,29 +55,32 @@ class VisualMethod(ABC):
         budgets = [keep.tokens(len(item)) for item in items]
         reducible = [i for i, item in enumerate(items) if budgets[i] < len(item)]
         for i in reducible:
-            _require_finite(items[i], needs)
+            require_finite(items[i], needs)
         chosen = self.select_batch([items[i] for i in reducible], [budgets[i] for i in reducible], needs)
         for i, selection in zip(reducible, chosen, strict=True):
-            self._check(selection, len(items[i]), budgets[i])
+            check_selection(self.info.name, selection, len(items[i]), budgets[i], self.exact_count)
             selections[i] = selection
         return selections
 
-    def _check(self, selection: Selection, tokens: int, budget: int) -> None:
-        kept, anchor, weight = len(selection), selection.anchor, selection.weight
-        if not 0 < kept <= budget or (self.exact_count and kept != budget):
-            problem = f"{kept} tokens for a budget of {budget}"
-        elif anchor.dtype != torch.int64 or anchor.dim() != 1:
-            problem = f"anchors of type {anchor.dtype} and shape {list(anchor.shape)} instead of int64 [kept]"
-        elif len(anchor.unique()) != kept or not 0 <= int(anchor.min()) <= int(anchor.max()) < tokens:
-            problem = f"anchors that repeat or lie outside 0..{tokens - 1}"
-        elif weight is not None and weight.shape != (kept, tokens):
-            problem = f"weights of shape {list(weight.shape)} instead of {[kept, tokens]}"
-        else:
-            return
-        raise SpecError(f"method {self.info.name!r} returned {problem}.")
+
+def check_selection(name: str, selection: Selection, tokens: int, budget: int, exact: bool = True) -> None:
+    """Refuse a selection that is none of `budget` out of `tokens`, or of fewer unless it must be `exact`."""
+    kept, anchor, weight = len(selection), selection.anchor, selection.weight
+    if not 0 < kept <= budget or (exact and kept != budget):
+        problem = f"{kept} tokens for a budget of {budget}"
+    elif anchor.dtype != torch.int64 or anchor.dim() != 1:
+        problem = f"anchors of type {anchor.dtype} and shape {list(anchor.shape)} instead of int64 [kept]"
+    elif len(anchor.unique()) != kept or not 0 <= int(anchor.min()) <= int(anchor.max()) < tokens:
+        problem = f"anchors that repeat or lie outside 0..{tokens - 1}"
+    elif weight is not None and weight.shape != (kept, tokens):
+        problem = f"weights of shape {list(weight.shape)} instead of {[kept, tokens]}"
+    else:
+        return
+    raise SpecError(f"method {name!r} returned {problem}.")
 
 
-def _require_finite(item: VisualItem, needs: Needs) -> None:
+def require_finite(item: VisualItem, needs: Needs) -> None:
+    """Refuse an item with NaN or infinity among what `needs` reads."""
     read = [getattr(item, name)[layer] for name, layers in needs.layers().items() for layer in layers]
     read += [getattr(item, name) for name in ("embeddings", "features", "text") if getattr(needs, name)]
     if not all(bool(torch.isfinite(value).all()) for value in read if value is not None):

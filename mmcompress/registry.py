@@ -32,6 +32,7 @@ class MethodInfo:
         stage: where its map is applied.
         paper: source, for citation ("" for baselines).
         licence: licence of the authors' code ("" if there is none to speak of).
+        requires: the option that must be given because no default would do; "" if there is none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class MethodInfo:
     stage: Stage = "pre_llm"
     paper: str = ""
     licence: str = ""
+    requires: str = ""
 
 
 class Registry:

@@ -24,6 +24,8 @@ class EncoderFacts:
         global_layers: the layers below `used` in which every patch attends to the whole image.
         missing: statistics this encoder cannot supply, each with the reason.
         no_pre_projector: why features cannot be merged before the projector; "" if it maps each token by itself.
+        no_encoder_stage: why tokens cannot be removed between encoder layers; "" if layers and projector take any.
+        patches: tokens of a tile, CLS left out, where all tiles have equally many; else 0.
     """
 
     depth: int
@@ -31,6 +33,8 @@ class EncoderFacts:
     global_layers: tuple[int, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
     no_pre_projector: str = ""
+    no_encoder_stage: str = ""
+    patches: int = 0
 
     def scale_layer(self, layer: int, paper_depth: int) -> int:
         """Map a layer stated for a paper's encoder of `paper_depth` layers to this depth, clamped to used layers."""

@@ -19,15 +19,17 @@ from transformers.cache_utils import DynamicCache
 from mmcompress.accounting import ItemStats, LLMShape, Stats
 from mmcompress.budget import Budget
 from mmcompress.compact import ragged_index, spread, take
+from mmcompress.encoder_method import EncoderMethod
 from mmcompress.errors import UnsupportedError
 from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt
 from mmcompress.integrations.hf.clock import Span, StageClock
+from mmcompress.integrations.hf.encoder_stage import EncoderStage
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.placement import Placed, place_items
 from mmcompress.integrations.hf.text_tower import TextTower
 from mmcompress.integrations.hf.vision import Encoded, Vision
-from mmcompress.method import VisualMethod
-from mmcompress.types import Modality, Needs, Positions, Selection, Trace
+from mmcompress.method import VisualMethod, require_finite
+from mmcompress.types import EncoderFacts, Modality, Needs, Positions, Selection, Trace
 
 FEATURE_INPUTS = ("pixel_values", "pixel_values_videos")
 
@@ -80,22 +82,35 @@ class _Forward(threading.local):
 
 
 class Door:
-    """The hooks of the pre-LLM stage on one model."""
+    """The hooks of the pre-LLM stage on one model, through which what the encoder stage left goes too."""
 
-    def __init__(self, family: Family, method: VisualMethod, needs: Needs, keep: Budget, positions: Positions) -> None:
+    def __init__(
+        self,
+        family: Family,
+        method: VisualMethod | EncoderMethod,
+        needs: Needs,
+        encoder: EncoderFacts,
+        keep: Budget,
+        positions: Positions,
+    ) -> None:
         self._family = family
         self._method = method
-        self._needs = needs
+        self._needs = needs if isinstance(method, VisualMethod) else Needs(embeddings=True)
         self._positions = positions
-        self._projector = family.projector if method.space == "pre_projector" else None
+        self._stage = None
+        self._projector = None
+        if isinstance(method, EncoderMethod):
+            self._stage = EncoderStage(family, method, needs, encoder, keep)
+        elif method.space == "pre_projector":
+            self._projector = family.projector
         self._text_tower = None if needs.text_tower is None else TextTower(needs.text_tower, family)
         self._decoder: Any = family.base.get_decoder()
         self._forward = _Forward()
-        self.keep = keep
+        self._keep = keep
         self.clock = StageClock()
         self.stats: Stats | None = None
         self.trace: list[Trace] = []
-        self.vision = Vision(family, needs, self._projector)
+        self.vision = Vision(family, self._needs, self._projector, self._stage)
         base, decoder = family.base, self._decoder
         self._hooks = [
             base.register_forward_pre_hook(self._before_base, with_kwargs=True),
@@ -107,6 +122,17 @@ class Door:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnsupportedError("a wrapped model cannot be copied or pickled; unwrap it first.")
+
+    @property
+    def keep(self) -> Budget:
+        """The budget in force."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: Budget) -> None:
+        if self._stage is not None:
+            self._stage.keep = keep
+        self._keep = keep
 
     def remove(self) -> None:
         """Take every hook off."""
@@ -216,7 +242,7 @@ class Door:
         placed = place_items(
             self._family, self._needs, pending, embeds, call.visual, current, self._text_tower, self._forward.ids
         )
-        selections = self._method.compress([entry.item for entry in placed], self.keep, self._needs)
+        selections = self._select(placed)
 
         keep, source = current.clone(), torch.arange(length, device=embeds.device).repeat(len(embeds), 1)
         for entry, selection in zip(placed, selections, strict=True):
@@ -252,6 +278,20 @@ class Door:
         call.removal = Removal(keep, index, stats, trace, clock)
         return kwargs, valid, kept_positions
 
+    def _select(self, placed: Sequence[Placed]) -> list[Selection]:
+        items = [entry.item for entry in placed]
+        if isinstance(self._method, VisualMethod):
+            return self._method.compress(items, self.keep, self._needs)
+        for item in items:
+            require_finite(item, self._needs)
+        # What these tokens absorbed is in their features already.
+        return [
+            Selection.everything(len(entry.item), entry.positions.device)
+            if entry.reduced is None
+            else Selection(entry.reduced.anchor.to(entry.positions.device))
+            for entry in placed
+        ]
+
     def _account(
         self,
         pending: Mapping[Modality, Encoded],
@@ -269,7 +309,7 @@ class Door:
             for row, entry, selection in in_rows
         ]
         trace = [
-            Trace(row, entry.item.modality, entry.item.grids, selection, entry.positions)
+            Trace(row, entry.item.modality, entry.item.grids, entry.reduced or selection, entry.positions)
             for row, entry, selection in in_rows
         ]
         encoded = pending.values()

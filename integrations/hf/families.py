@@ -55,6 +55,9 @@ class Family(ABC):
     no_pre_projector = "its projector joins several patches into one token"
     """Why features cannot be merged before the projector; empty where it maps each token by itself."""
 
+    no_encoder_stage = "its layers or its projector need the whole grid of patches"
+    """Why tokens cannot be removed between encoder layers; empty where these and the projector take any number."""
+
     def __init__(self, base: Any) -> None:
         self.base = base
         self.config = base.config
@@ -101,11 +104,24 @@ class Family(ABC):
         """Layers in which every patch attends to the whole image."""
         return tuple(range(self.used_layers))
 
+    @property
+    def patches(self) -> int:
+        """Patches of an encoder tile where all tiles have equally many, else 0."""
+        return 0
+
     def facts(self) -> EncoderFacts:
         """The encoder as methods see it."""
         reason = f"the vision encoder of {type(self.base).__name__} has no CLS token"
         missing = {} if self.has_cls else dict.fromkeys(NEEDS_CLS, reason)
-        return EncoderFacts(len(self.blocks), self.used_layers, self.global_layers, missing, self.no_pre_projector)
+        return EncoderFacts(
+            depth=len(self.blocks),
+            used=self.used_layers,
+            global_layers=self.global_layers,
+            missing=missing,
+            no_pre_projector=self.no_pre_projector,
+            no_encoder_stage=self.no_encoder_stage,
+            patches=self.patches,
+        )
 
     @abstractmethod
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
@@ -134,15 +150,20 @@ class _TiledEncoder(Family):
         vision = self.config.vision_config
         return int(vision.image_size) // int(vision.patch_size)
 
+    @property
+    def patches(self) -> int:
+        return self.patches_per_side**2
+
     def _patches(self, chunks: list[Tensor]) -> Tensor:
         """All tiles' values `[tiles, patches, channels]`, without the CLS token that comes first where there is one."""
-        return torch.cat(chunks)[:, -(self.patches_per_side**2) :]
+        return torch.cat(chunks)[:, -self.patches :]
 
 
 class Llava(_TiledEncoder):
     """LLaVA-1.5: one tile per image, one token per patch."""
 
     no_pre_projector = ""
+    no_encoder_stage = ""
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)
@@ -155,6 +176,8 @@ class Llava(_TiledEncoder):
                 "not supported; CLIP with 'default' and SigLIP with 'full' are."
             )
         self.has_cls = known[tower][0]
+        if not isinstance(self.config.vision_feature_layer, int):
+            self.no_encoder_stage = "its projector joins the features of several encoder layers token by token"
 
     @property
     def used_layers(self) -> int:
@@ -181,6 +204,8 @@ class Llava(_TiledEncoder):
 
 class LlavaNext(Llava):
     """LLaVA-NeXT: a thumbnail and AnyRes crops, stitched, un-padded, a newline token after every row."""
+
+    no_encoder_stage = "behind its projector, crops are stitched and padding is cut off, which takes their whole grids"
 
     def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
         side = self.patches_per_side

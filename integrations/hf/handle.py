@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import PreTrainedModel
@@ -14,16 +14,18 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mmcompress.accounting import Stats
 from mmcompress.budget import Budget
+from mmcompress.encoder_method import EncoderMethod
 from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.cache import adopt
 from mmcompress.integrations.hf.door import Door
 from mmcompress.integrations.hf.families import FAMILIES, Family
 from mmcompress.method import VisualMethod
-from mmcompress.registry import METHODS, POLICIES
+from mmcompress.registry import METHODS, POLICIES, Stage
 from mmcompress.spec import CompressionConfig, Spec, SpecLike
 from mmcompress.types import EncoderFacts, Needs, Positions, Trace
 
 _MARK = "_mmcompress_handle"
+_STAGES: dict[Stage, type] = {"encoder": EncoderMethod, "pre_llm": VisualMethod}
 
 
 class Handle:
@@ -38,21 +40,26 @@ class Handle:
     """
 
     def __init__(self, family: Family, config: CompressionConfig) -> None:
-        spec, self.method = _method(config)
+        spec, method = _method(config)
+        self.method: VisualMethod | EncoderMethod = method
         self.config = config
         self.encoder: EncoderFacts = family.facts()
         self.needs: Needs = self.method.needs(self.encoder)
         _require_supplied(spec.name, self.needs, self.encoder)
-        if self.method.space == "pre_projector" and self.encoder.no_pre_projector:
+        if isinstance(self.method, EncoderMethod):
+            _require_encoder_stage(self.method, family)
+        elif self.method.space == "pre_projector" and self.encoder.no_pre_projector:
             raise UnsupportedError(
                 f"{spec.name} merges features before the projector, which {type(family.base).__name__} rules out: "
                 f'{self.encoder.no_pre_projector}. Option space="projected" merges projected tokens instead.'
             )
+        _require_option(self.method)
         self.positions: Positions = config.positions or family.positions
         if spec.keep is None:
             raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a token count, as in keep=0.25.")
+        self._require_within_reach(spec.keep)
         self._base = family.base
-        self._door: Door | None = Door(family, self.method, self.needs, spec.keep, self.positions)
+        self._door: Door | None = Door(family, self.method, self.needs, self.encoder, spec.keep, self.positions)
         setattr(self._base, _MARK, self)
 
     @property
@@ -77,8 +84,9 @@ class Handle:
         Raises:
             SpecError: `keep` is out of range; the budget in force stays.
         """
-        door = self._active()
-        before, door.keep = door.keep, Budget(keep)
+        door, wanted = self._active(), Budget(keep)
+        self._require_within_reach(wanted)
+        before, door.keep = door.keep, wanted
 
         @contextmanager
         def until() -> Iterator[Handle]:
@@ -99,6 +107,10 @@ class Handle:
             self._door.remove()
             self._door = None
             delattr(self._base, _MARK)
+
+    def _require_within_reach(self, keep: Budget) -> None:
+        if isinstance(self.method, EncoderMethod):
+            self.method.plan(self.encoder.patches, keep.tokens(self.encoder.patches), self.encoder)
 
     def _active(self) -> Door:
         if self._door is None:
@@ -178,7 +190,7 @@ def _family(model: Any) -> Family:
     return family
 
 
-def _method(config: CompressionConfig) -> tuple[Spec, VisualMethod]:
+def _method(config: CompressionConfig) -> tuple[Spec, VisualMethod | EncoderMethod]:
     if config.kv is not None:
         POLICIES.get(config.kv.name)
         raise UnsupportedError(f"KV policy {config.kv.name!r}: the Hugging Face engine applies no KV policies yet.")
@@ -186,10 +198,11 @@ def _method(config: CompressionConfig) -> tuple[Spec, VisualMethod]:
         given = ", ".join(spec.name for spec in config.methods) or "none"
         raise SpecError(f"give exactly one method; got {given}. Available: {', '.join(METHODS.names())}.")
     spec = config.methods[0]
-    method = METHODS.build(spec.name, spec.options)
-    if method.info.stage != "pre_llm":
-        raise UnsupportedError(f"{spec.name} acts in stage {method.info.stage!r}; this engine offers 'pre_llm'.")
-    return spec, method
+    method: Any = METHODS.build(spec.name, spec.options)
+    if not isinstance(method, _STAGES.get(method.info.stage, ())):
+        offered = " and ".join(f"{stage!r} (a {base.__name__})" for stage, base in _STAGES.items())
+        raise UnsupportedError(f"{spec.name} acts in stage {method.info.stage!r}; this engine offers {offered}.")
+    return spec, cast(VisualMethod | EncoderMethod, method)
 
 
 def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
@@ -201,6 +214,27 @@ def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
             raise SpecError(
                 f"{name} reads encoder layer {outside[0]}, but the encoder has layers 0..{encoder.depth - 1}."
             )
+
+
+def _require_option(method: VisualMethod | EncoderMethod) -> None:
+    name, option = method.info.name, method.info.requires
+    if option and getattr(method, option) is None:
+        raise SpecError(f"{name} needs {option}=; mmcompress info {name} says what to give.")
+
+
+def _require_encoder_stage(method: EncoderMethod, family: Family) -> None:
+    name, model = method.info.name, type(family.base).__name__
+    if family.no_encoder_stage:
+        raise UnsupportedError(
+            f"{name} removes tokens between encoder layers, which {model} rules out: {family.no_encoder_stage}."
+        )
+    config: Any = family.attentions[0].config
+    attention = config._attn_implementation
+    if method.proportional and attention not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"{name} adds the logarithm of token sizes to the attention logits, which {attention} does not take: give "
+            "proportional=False, or load the model with attn_implementation='sdpa'."
+        )
 
 
 __all__ = ["Handle", "wrap"]

@@ -14,7 +14,7 @@ from mmcompress.integrations.hf.families import Family, Layout
 from mmcompress.integrations.hf.taps import FEATURES, Key
 from mmcompress.integrations.hf.text_tower import TextTower
 from mmcompress.integrations.hf.vision import Encoded
-from mmcompress.types import Modality, Needs, VisualItem
+from mmcompress.types import Modality, Needs, Selection, VisualItem
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Placed:
         positions: `[candidates]` columns of its candidate tokens.
         separators: how many separator tokens it has beside them.
         features: `[candidates, width]` what the projector made them of, gradients included; None if it was not tapped.
+        reduced: which candidates the encoder left and what they absorbed; None if it left all.
     """
 
     item: VisualItem
@@ -33,6 +34,7 @@ class Placed:
     positions: Tensor
     separators: int
     features: Tensor | None
+    reduced: Selection | None
 
 
 def place_items(
@@ -71,13 +73,15 @@ def place_items(
         if len(places) == 0:
             continue
         known = _matching(encoded.get(modality), modality, len(places))
-        layouts, statistics = known.layouts, known.statistics
+        layouts, statistics, reductions = known.layouts, known.statistics, known.reduced
         copies = len(places) // sum(len(layout.separator) for layout in layouts)
         originals = places[places[:, 0] % copies == 0]
         if family.joins_runs:
             layouts, statistics = _join_runs(originals, layouts, statistics)
+            reductions = [None] * len(layouts)  # these families have no encoder stage
         lengths = [len(layout.separator) for layout in layouts]
-        for number, (layout, values, at) in enumerate(zip(layouts, statistics, originals.split(lengths), strict=True)):
+        items = zip(layouts, statistics, reductions, originals.split(lengths), strict=True)
+        for number, (layout, values, reduced, at) in enumerate(items):
             row, columns = int(at[0, 0]), at[:, 1]
             if int(at[-1, 0]) != row:
                 raise InputError(f"{modality} {number} has {len(at)} features but row {row} has room for fewer.")
@@ -98,7 +102,7 @@ def place_items(
                 prompt = ids[row, is_text[row].to(ids.device)]
                 item = replace(item, relevance=text_tower.relevance(item.features, prompt))
             rows = range(row, row + copies)
-            placed.append(Placed(item, rows, candidates, int(layout.separator.sum()), features))
+            placed.append(Placed(item, rows, candidates, int(layout.separator.sum()), features, reduced))
     return sorted(placed, key=lambda entry: (entry.rows[0], int(entry.positions[0])))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -29,6 +29,7 @@ TAP, FLASH_TAP = "mmcompress_tap", "mmcompress_flash_tap"
 
 Key = tuple[str, int]
 Captured = dict[Key, list[Tensor]]
+Collect = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], None]
 FEATURES: Key = ("features", 0)
 
 
@@ -61,6 +62,17 @@ AttentionInterface.register(TAP, _tapped_attention)
 AttentionInterface.register(FLASH_TAP, _tapped_attention)
 
 
+def tap(attention: Any, collect: Collect) -> Any:
+    """Show `collect` what passes through an attention module; returns the config that undoes it, if put back."""
+    original = attention.config
+    tapped = copy.copy(original)
+    tapped._attn_implementation_internal = FLASH_TAP if "flash" in original._attn_implementation else TAP
+    tapped.mmcompress_original = original
+    tapped.mmcompress_tap = collect
+    attention.config = tapped
+    return original
+
+
 class Taps:
     """The taps one method needs on one vision encoder."""
 
@@ -90,8 +102,6 @@ class Taps:
             self._hooks.append(feature_source.register_forward_hook(self._collect_output))
 
     def _tap(self, attention: nn.Module, layer: int, names: list[str]) -> None:
-        original: Any = attention.config
-
         def collect(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
             captured = self._collecting.get()
             if captured is None:
@@ -103,12 +113,7 @@ class Taps:
                     for name in names:
                         captured.setdefault((name, layer), []).append(STATISTICS[name](q, k, kwargs["scaling"]))
 
-        tapped = copy.copy(original)
-        tapped._attn_implementation_internal = FLASH_TAP if "flash" in original._attn_implementation else TAP
-        tapped.mmcompress_original = original
-        tapped.mmcompress_tap = collect
-        attention.config = tapped
-        self._tapped.append((attention, original))
+        self._tapped.append((attention, tap(attention, collect)))
 
     def _collect_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._collect_features(args[0])

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcompress.integrations.hf.clock import Span
+from mmcompress.integrations.hf.encoder_stage import EncoderStage
 from mmcompress.integrations.hf.families import ENCODERS, Family, Layout
 from mmcompress.integrations.hf.taps import Key, Taps
-from mmcompress.types import Modality, Needs
+from mmcompress.types import Modality, Needs, Selection
 
 _LABEL = "mmcompress_encoded"
 
@@ -33,12 +34,14 @@ class Encoded:
         statistics: per item, `(name, layer) -> [candidates]` or `[candidates, channels]`.
         spans: the encoder's time; empty if nothing was encoded anew.
         fresh: how many of the items were encoded anew.
+        reduced: per item which patches the encoder left and what they absorbed; None if it left all.
     """
 
     layouts: list[Layout]
     statistics: list[dict[Key, Tensor]]
     spans: tuple[Span, ...]
     fresh: int
+    reduced: list[Selection | None]
 
     @classmethod
     def join(cls, parts: list[Encoded]) -> Encoded:
@@ -48,6 +51,7 @@ class Encoded:
             [values for part in parts for values in part.statistics],
             tuple(span for part in parts for span in part.spans),
             sum(part.fresh for part in parts),
+            [selection for part in parts for selection in part.reduced],
         )
 
 
@@ -67,8 +71,11 @@ class Vision:
     so the feature methods are the only place that sees layouts in every version.
     """
 
-    def __init__(self, family: Family, needs: Needs, projector: nn.Module | None) -> None:
+    def __init__(
+        self, family: Family, needs: Needs, projector: nn.Module | None, stage: EncoderStage | None = None
+    ) -> None:
         self._family = family
+        self._stage = stage
         self._local = _Local()
         self._replaced: list[str] = []
         self._memo: dict[Any, tuple[Any, Encoded]] = {}
@@ -84,6 +91,8 @@ class Vision:
         for name in self._replaced:
             delattr(self._family.base, name)
         self._taps.remove()
+        if self._stage is not None:
+            self._stage.remove()
 
     @property
     def pending(self) -> Mapping[Modality, Encoded]:
@@ -141,7 +150,7 @@ class Vision:
         """Like `_encode`, but what was encoded before is taken from memory."""
         outputs, parts = [], []
         for part in self._family.parts(call):
-            key = (modality, _fingerprint(part))
+            key = (modality, None if self._stage is None else self._stage.keep, _fingerprint(part))
             if key not in self._memo:
                 output, encoded = self._encode(modality, encode, part)
                 self._memo[key] = (output, replace(encoded, spans=(), fresh=0))
@@ -158,7 +167,8 @@ class Vision:
     def _encode(self, modality: Modality, encode: Callable[..., Any], call: dict[str, Any]) -> tuple[Any, Encoded]:
         span = Span(self._family.base.device)
         with self._taps.collect() as captured:
-            output = encode(**call)
+            run = functools.partial(encode, **call)
+            output, left = (run(), []) if self._stage is None else self._stage.encode(run)
         span.stop()
         rows = torch.cat([feature.detach().reshape(-1, feature.shape[-1]) for feature in output.pooler_output])
         layouts = self._family.layouts(modality, rows, call)
@@ -171,7 +181,8 @@ class Vision:
             for item, layout, values in zip(statistics, layouts, aligned, strict=True):
                 values = values[~layout.separator.to(values.device)]
                 item[key] = values[:, 0] if is_scalar else values
-        return output, Encoded(layouts, statistics, (span,), len(layouts))
+        reduced: list[Selection | None] = [*left] or [None] * len(layouts)
+        return output, Encoded(layouts, statistics, (span,), len(layouts), reduced)
 
 
 def _fingerprint(value: Any) -> Any:

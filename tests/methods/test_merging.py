@@ -151,7 +151,7 @@ def test_soft_match_by_plain_loops(tokens: int, protected: int) -> None:
             match = {a: nearest(metric[row], a, odd)[0] for a in even}
             closeness = {a: float(cosine_similarity(metric[row, a], metric[row, match[a]], dim=0)) for a in even}
             ranked = sorted(free, key=lambda a: -closeness[a]) + [a for a in even if a < protected]
-            merged, kept = ranked[:count], ranked[count:] + odd
+            merged, kept = ranked[:count], (sorted(ranked[count:]) if protected else ranked[count:]) + odd
             assert matching.kept[row].tolist() == kept
             expected = [[k, *(a for a in merged if match[a] == k)] for k in kept]
             assert matching.counts[row].tolist() == [len(group) for group in expected]

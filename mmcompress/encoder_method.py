@@ -1,0 +1,191 @@
+"""The base class of methods that merge or prune tokens between the layers of a vision encoder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmcompress.errors import SpecError
+from mmcompress.merging import Matching
+from mmcompress.registry import MethodInfo
+from mmcompress.types import EncoderFacts, Needs, Selection
+
+Place = Literal["attention", "layer"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one layer is to do; tokens are counted without CLS.
+
+    Args:
+        left: tokens that stay.
+        first: how many a method of two parts removes in its first part.
+    """
+
+    left: int
+    first: int = 0
+
+
+class Attention(NamedTuple):
+    """What passed through a layer's attention: query and key `[images, heads, tokens, dim]`, and the logit scaling."""
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The tokens of a batch of images inside one encoder layer; all images have equally many.
+
+    Args:
+        encoder: the encoder.
+        layer: number of the layer.
+        protected: so many tokens at the front always stay (1 where there is a CLS token, else 0).
+        hidden: `[images, tokens, width]` what is merged.
+        size: `[images, tokens]` float32, how many patches each token stands for.
+        attention: queries and keys of the layer's attention; None unless the method's needs name the layer.
+    """
+
+    encoder: EncoderFacts
+    layer: int
+    protected: int
+    hidden: Tensor
+    size: Tensor
+    attention: Attention | None = None
+
+    @property
+    def count(self) -> int:
+        """Tokens that may be removed."""
+        return self.hidden.shape[1] - self.protected
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A linear map over the tokens of a batch of images in which every token goes into one output at most.
+
+    Args:
+        kept: `[images, outputs]` int64, the token whose place each output takes; none twice, protected ones in front.
+        group: `[images, tokens]` int64, the output each token goes into.
+        share: `[images, tokens]` float32, its weight there; 0 if it is dropped.
+        size: `[images, outputs]` float32, how many patches each output stands for.
+    """
+
+    kept: Tensor
+    group: Tensor
+    share: Tensor
+    size: Tensor
+
+    @classmethod
+    def average(cls, matching: Matching, mass: Tensor, size: Tensor) -> Reduction:
+        """Each output is the mean of its tokens weighted by `mass` `[images, tokens]`, and the sum of their `size`."""
+        total = matching.sum(mass[..., None])[..., 0]
+        share = mass / total.gather(-1, matching.group)
+        return cls(matching.kept, matching.group, share, matching.sum(size[..., None])[..., 0])
+
+    @classmethod
+    def keep(cls, kept: Tensor, size: Tensor) -> Reduction:
+        """The tokens `kept` as they are; all others are dropped."""
+        outputs = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
+        group = torch.zeros_like(size, dtype=torch.long).scatter(-1, kept, outputs)
+        share = torch.zeros_like(size).scatter(-1, kept, 1.0)
+        return cls(kept, group, share, size.gather(-1, kept))
+
+    def to(self, device: torch.device) -> Reduction:
+        """The same on `device`."""
+        return Reduction(*(values.to(device) for values in (self.kept, self.group, self.share, self.size)))
+
+    def apply(self, tokens: Tensor) -> Tensor:
+        """Map `[images, tokens, width]` to `[images, outputs, width]`, computed in float32."""
+        weighted = tokens.float() * self.share[..., None]
+        return Matching(self.kept, self.group).sum(weighted).to(tokens.dtype)
+
+    def then(self, later: Reduction) -> Reduction:
+        """This reduction followed by `later`, as one over the tokens of this one."""
+        kept, group = self.kept.gather(-1, later.kept), later.group.gather(-1, self.group)
+        return Reduction(kept, group, self.share * later.share.gather(-1, self.group), later.size)
+
+    def selections(self, protected: int) -> list[Selection]:
+        """Per image the map over its patches, `protected` tokens left out; without weights if none absorbed another."""
+        anchors, output = self.kept[:, protected:] - protected, self.group[:, protected:] - protected
+        share = self.share[:, protected:].masked_fill(output < 0, 0.0)  # what CLS absorbed is no patch's
+        if int(share.count_nonzero()) == anchors.numel():
+            return [Selection(anchor) for anchor in anchors]
+        weights = share.new_zeros(*anchors.shape, share.shape[-1])
+        weights.scatter_(1, output.clamp(min=0)[:, None], share[:, None])
+        return [Selection(anchor, weight) for anchor, weight in zip(anchors, weights, strict=True)]
+
+
+class EncoderMethod(ABC):
+    """Answers two questions: how many tokens each encoder layer leaves, and what becomes of those of one layer.
+
+    Subclasses are frozen dataclasses whose fields are the options; `keep` never is one of them. CLS stays always.
+    """
+
+    info: ClassVar[MethodInfo]
+
+    @property
+    def exact_count(self) -> bool:
+        """Whether exactly the budget is kept."""
+        return True
+
+    @property
+    def place(self) -> Place:
+        """Where in a layer tokens are removed: between "attention" and MLP, or at the end of the "layer"."""
+        return "layer"
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention counts a token as many times as it stands for patches (proportional attention)."""
+        return False
+
+    def needs(self, encoder: EncoderFacts) -> Needs:
+        """The statistics to tap, each with the layers that remove tokens by it."""
+        return Needs()
+
+    @abstractmethod
+    def schedule(self, tokens: int, keep: int, encoder: EncoderFacts) -> list[Step]:
+        """What the layers 0..used-1 do so that `keep` of `tokens` are left; called only when `0 < keep < tokens`.
+
+        Raises:
+            SpecError: the method cannot come down to `keep`.
+        """
+
+    @abstractmethod
+    def reduce(self, tokens: LayerTokens, step: Step) -> Reduction:
+        """Bring the tokens of one layer down to `step.left`; called only where that is fewer than there are."""
+
+    def plan(self, tokens: int, keep: int, encoder: EncoderFacts) -> list[Step]:
+        """The checked schedule; empty if nothing is to be removed.
+
+        Raises:
+            SpecError: the method cannot come down to `keep`, or its schedule is none.
+        """
+        if keep >= tokens:
+            return []
+        steps = self.schedule(tokens, keep, encoder)
+        counts = [tokens, *(step.left for step in steps)]
+        if len(steps) != encoder.used or counts[-1] != keep or counts != sorted(counts, reverse=True):
+            raise SpecError(f"method {self.info.name!r} planned {counts} tokens for a budget of {keep}.")
+        return steps
+
+
+def require_halving(name: str, tokens: int, keep: int, layers: int) -> None:
+    """Refuse a budget that `layers` layers which remove at most half of their tokens each cannot reach."""
+    least = tokens
+    for _ in range(layers):
+        least -= least // 2
+    if keep < least:
+        raise SpecError(
+            f"{name} cannot keep {keep} of {tokens} tokens: a layer merges at most half of its tokens away, so "
+            f"{layers} layers leave at least {least}."
+        )
+
+
+def constant_ratio(tokens: int, keep: int, steps: int) -> list[int]:
+    """Tokens left after each of `steps` steps that keep the same fraction, as nearly as whole tokens allow."""
+    return [round(tokens * (keep / tokens) ** (step / steps)) for step in range(1, steps)] + [keep]
