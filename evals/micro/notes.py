@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _UNREAD = frozenset({"letters", "word"})
+_PLACELESS = frozenset({"side", "relation"})
+_WITHOUT_OPTIONS = frozenset({"color-choice", "shape-choice"})
 
 UNLEARNT: Mapping[str, frozenset[str]] = {
-    "micro-llava": _UNREAD,
-    "micro-llava-nodrop": _UNREAD,
-    "micro-qwen2.5-vl": _UNREAD,
+    "micro-llava": _UNREAD | _PLACELESS | _WITHOUT_OPTIONS,
+    "micro-llava-nodrop": _UNREAD | _PLACELESS | _WITHOUT_OPTIONS,
+    "micro-qwen2.5-vl": _UNREAD | {"relation"},
 }
 """Forms of questions that a model was not taught, or answers no better than by chance: its tables leave them out."""
 
