@@ -114,7 +114,7 @@ def test_only_compose_is_about_held_out_pairs(many: list[tuple[Scene, Asked]]) -
 
 
 def test_referents_are_what_the_question_names(many: list[tuple[Scene, Asked]]) -> None:
-    referring = {"color", "shape", "number", "letters", "word", "side", "color-choice", "shape-choice"}
+    referring = {"color", "shape", "number", "letters", "word", "side", "half", "color-choice", "shape-choice"}
     for scene, asked in many:
         if asked.referent is None:
             assert asked.form not in referring
