@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmcompress.budget import largest_remainder
+from mmcompress.ranking import tile_shares
 from mmcompress.types import Selection
 
 
@@ -78,10 +78,7 @@ def merge_by_tile(tiles: Tensor, budget: int, rule: Callable[[Tensor, int], tupl
             outputs and their weights `[outputs, members]`.
     """
     anchors, weights = [], []
-    for tile, share in enumerate(largest_remainder(budget, torch.bincount(tiles).tolist())):
-        if share == 0:
-            continue
-        members = torch.nonzero(tiles == tile).flatten()
+    for members, share in tile_shares(tiles, budget):
         anchor, among = rule(members, share)
         weight = torch.zeros(len(anchor), len(tiles), device=tiles.device)
         weight[:, members] = among

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,30 @@ def top_indices(scores: Tensor, count: int) -> Tensor:
     return ranked[:count].sort().values
 
 
+def tile_shares(tiles: Tensor, budget: int) -> Iterator[tuple[Tensor, int]]:
+    """Indices of each tile's tokens, ascending, and its share of `budget`, by size; tiles without one are left out.
+
+    Args:
+        tiles: `[tokens]`, the tile of each token.
+        budget: tokens to keep in all.
+    """
+    for tile, share in enumerate(largest_remainder(budget, torch.bincount(tiles).tolist())):
+        if share:
+            yield torch.nonzero(tiles == tile).flatten(), share
+
+
+def choose_per_tile(tiles: Tensor, budget: int, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Kept indices, tile after tile.
+
+    Args:
+        tiles: `[tokens]`, the tile of each token.
+        budget: tokens to keep in all, at least one.
+        choose: given the indices of a tile's tokens and its share, the places among them of those it keeps, in the
+            order it keeps them.
+    """
+    return torch.cat([members[choose(members, share)] for members, share in tile_shares(tiles, budget)])
+
+
 def top_indices_per_tile(scores: Tensor, tiles: Tensor, count: int) -> Tensor:
-    """Like `top_indices`, with `count` shared over the tiles in proportion to their tokens, exactly."""
-    sizes = torch.bincount(tiles).tolist()
-    kept = []
-    for tile, share in enumerate(largest_remainder(count, sizes)):
-        members = torch.nonzero(tiles == tile).flatten()
-        kept.append(members[top_indices(scores[members], share)])
-    return torch.cat(kept).sort().values
+    """Like `top_indices`, with `count`, at least one, shared over the tiles in proportion to their tokens, exactly."""
+    return choose_per_tile(tiles, count, lambda members, share: top_indices(scores[members], share)).sort().values

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from mmcompress import ops
 from mmcompress.errors import SpecError
 from mmcompress.method import VisualMethod
-from mmcompress.methods._tiles import choose_per_tile
+from mmcompress.ranking import choose_per_tile
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
 

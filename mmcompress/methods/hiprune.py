@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmcompress.errors import SpecError
 from mmcompress.method import VisualMethod
-from mmcompress.methods._tiles import choose_per_tile
+from mmcompress.ranking import choose_per_tile
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmcompress.errors import SpecError
 from mmcompress.method import VisualMethod
 from mmcompress.methods._attention import Score, attention, attention_needs
-from mmcompress.methods._tiles import choose_per_tile
+from mmcompress.ranking import choose_per_tile
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
 
