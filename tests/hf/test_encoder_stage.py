@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -563,27 +562,6 @@ def test_unwrapping_gives_the_original_back_after_failures_too(spec: str) -> Non
         assert model.config.to_dict() == before["config"]
     assert_same(before, snapshot(model))
     assert torch.equal(greedy(model, inputs), plain)
-
-
-def test_threads_do_not_mix() -> None:
-    model = built()
-    batches = [FAMILIES["llava"].inputs(model, kind) for kind in ("single", "mixed")]
-    with mmcompress.wrap(model, "tome", keep=KEEP):
-        expected = [greedy(model, batch) for batch in batches]
-        answers: dict[int, list[Tensor]] = {0: [], 1: []}
-
-        def work(number: int) -> None:
-            for _ in range(3):
-                answers[number].append(greedy(model, batches[number]))
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in answers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for number, wanted in enumerate(expected):
-        assert len(answers[number]) == 3
-        assert all(torch.equal(answer, wanted) for answer in answers[number])
 
 
 @pytest.mark.parametrize("spec", ["tome", "pitome"])

@@ -305,10 +305,11 @@ def test_custom_attention_masks_are_refused() -> None:
         model(**inputs)
 
 
-def test_threads_do_not_mix() -> None:
+@pytest.mark.parametrize("spec", ["todre", "tome"])
+def test_threads_do_not_mix(spec: str) -> None:
     model = built("llava")
     batches = [FAMILIES["llava"].inputs(model, kind) for kind in ("single", "mixed")]
-    with mmcompress.wrap(model, "todre", keep=0.4):
+    with mmcompress.wrap(model, spec, keep=0.4):
         expected = [greedy(model, batch) for batch in batches]
         answers: dict[int, list[torch.Tensor]] = {0: [], 1: []}
 
