@@ -118,7 +118,7 @@ def looking(look: Tensor, referent: Tensor, owners: Tensor) -> Tensor:
     shows = owners[row] == referent[row, place, None]
     seen = shows.any(1)  # others may hide an object from every token
     mass = (look[row, :, place].float() * shows[:, None]).sum(2)[seen]
-    return -mass.clamp(min=1e-6).log().mean()
+    return -mass.clamp(min=1e-6).log().sum() / max(1, mass.numel())
 
 
 def _visible(shown: int, block: Tensor) -> Tensor:

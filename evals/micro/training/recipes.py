@@ -34,18 +34,17 @@ TEXTS: Mapping[str, float] = {"number": 1.0}
 """How often a sign shows two digits, two letters or a word; letters and words need far more pictures than digits."""
 
 FORMS: Mapping[str, float] = {
-    "exist": 1.5,
-    "color": 1.5,
-    "shape": 1.3,
-    "kind-count": 0.8,
-    "color-count": 0.6,
-    "number": 1.0,
-    "color-choice": 0.9,
-    "shape-choice": 0.7,
-    "count-choice": 0.5,
-    "side": 0.7,
+    "exist": 1.2,
+    "color": 1.2,
+    "shape": 1.2,
+    "kind-count": 1.0,
+    "color-count": 0.8,
+    "number": 1.6,
+    "color-choice": 1.4,
+    "shape-choice": 1.2,
+    "count-choice": 0.7,
+    "side": 1.0,
     "half": 0.7,
-    "relation": 1.0,
 }
 """How often each form of question is asked, relative to the others."""
 
@@ -99,7 +98,7 @@ _MICRO_LLAVA = Recipe(
     family=Llava(),
     build=lambda: architectures.llava(architectures.clip_vision(224), architectures.llama()),
     vision=Optimisation(steps=7800, learning_rate=1.2e-3),
-    answers=Optimisation(steps=3900, batch=10),
+    answers=Optimisation(steps=7900, batch=10),
     pruned=Optimisation(steps=200, batch=10, learning_rate=8e-4),
     token_patch=14,
     shown_where=True,
@@ -135,10 +134,11 @@ RECIPES: Mapping[str, Recipe] = {
         family=Qwen(),
         build=architectures.qwen,
         vision=Optimisation(steps=7700, learning_rate=1.2e-3),
-        answers=Optimisation(steps=4800),
+        answers=Optimisation(steps=8800),
         pruned=Optimisation(steps=150, learning_rate=8e-4),
         pairs=0.15,
         token_patch=28,
+        shown_where=True,
         canvases=((224, 224), (168, 168), (224, 168), (168, 224), (280, 224), (224, 280)),
     ),
     "micro-video": Recipe(
