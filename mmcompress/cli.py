@@ -479,10 +479,10 @@ def _self_test() -> str:
     for plugin in METHODS.plugins():
         METHODS.get(plugin)
     needed = {name: METHODS.get(name).info.requires for name in METHODS.names()}  # type: ignore[attr-defined]
-    names = [name for name, option in needed.items() if name not in METHODS.plugins() and not option]
+    names = [name for name, options in needed.items() if name not in METHODS.plugins() and not options]
     model, processor = _load(DEFAULT_MODEL)
     evaluate(model, processor, load_microvqa(1), MICROVQA_PATH, [(name, 0.5) for name in names])
-    others = "".join(f"; {name} needs {option}=" for name, option in needed.items() if option)
+    others = "".join(f"; {name} needs {' or '.join(options)}" for name, options in needed.items() if options)
     return f"{', '.join(names)}: each answered a question with the embedded model{others}"
 
 

@@ -32,7 +32,7 @@ class MethodInfo:
         stage: where its map is applied.
         paper: source, for citation ("" for baselines).
         licence: licence of the authors' code ("" if there is none to speak of).
-        requires: the option that must be given because no default would do; "" if there is none.
+        requires: options one of which must be given because no default would do.
     """
 
     name: str
@@ -41,7 +41,7 @@ class MethodInfo:
     stage: Stage = "pre_llm"
     paper: str = ""
     licence: str = ""
-    requires: str = ""
+    requires: tuple[str, ...] = ()
 
 
 class Registry:
@@ -121,6 +121,20 @@ class Registry:
             else:
                 raise unknown_name(self.kind, name, self.names())
         return self._classes[name]
+
+    def choices(self, name: str) -> dict[str, tuple[Any, ...]]:
+        """The options of `name` that take one of a few values, each with these, its default first.
+
+        Raises:
+            SpecError: the name is unknown.
+        """
+        cls = self.get(name)
+        hints = typing.get_type_hints(cls)
+        return {
+            option.name: (option.default, *(value for value in typing.get_args(hint) if value != option.default))
+            for option in dataclasses.fields(cls)
+            if typing.get_origin(hint := hints[option.name]) is Literal
+        }
 
     def build(self, name: str, options: Mapping[str, Any]) -> Any:
         """An instance of `name` configured by `options`, each checked against the dataclass field's type.

@@ -24,7 +24,7 @@ _ARGUMENT = re.compile(
     \s*(?:,|$)""",
     re.VERBOSE,
 )
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
+_WORDS = {"true": True, "True": True, "false": False, "False": False, "None": None, "null": None}
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ def _unescape(text: str, whole: str) -> str:
 
 
 def _scalar(word: str) -> Any:
-    if word.lower() in _WORDS:
-        return _WORDS[word.lower()]
+    if word in _WORDS:
+        return _WORDS[word]
     for number in (int, float):
         try:
             return number(word)

@@ -58,7 +58,10 @@ def test_a_spec_reads_back_from_its_dict_and_its_json(spec: Spec) -> None:
         ("todre(keep=64,)", Spec("todre", Budget(64))),
         ("todre(pruning_rate=0.75)", Spec("todre", Budget(0.25))),
         ("todre( keep = 1 , objective = k-center )", Spec("todre", Budget(1), {"objective": "k-center"})),
-        ("x(a=true, b=False, c=None, d=null)", Spec("x", None, {"a": True, "b": False, "c": None, "d": None})),
+        (
+            "x(a=true, b=False, c=None, d=null, e=none)",
+            Spec("x", None, {"a": True, "b": False, "c": None, "d": None, "e": "none"}),
+        ),
         ("x(a=1, b=-2.5, c=1e-3, d=word)", Spec("x", None, {"a": 1, "b": -2.5, "c": 1e-3, "d": "word"})),
         ("""x(a="1", b='true', c="p, q=(r)")""", Spec("x", None, {"a": "1", "b": "true", "c": "p, q=(r)"})),
         (r"""x(a="say \"hi\"", b='C:\temp')""", Spec("x", None, {"a": 'say "hi"', "b": r"C:\temp"})),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import typing
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -17,6 +16,9 @@ from mmcompress.integrations.hf.handle import wrap
 from mmcompress.registry import METHODS
 from mmcompress.spec import Spec
 from mmcompress.types import Needs
+
+
+_LLM_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,11 @@ class Capability:
 
 
 def models() -> Iterator[tuple[str, Any]]:
-    """Every family with a model of its default size, without weights and with a single LLM layer."""
+    """Every family with a model of its default size, without weights and with few LLM layers."""
     for family in FAMILIES:
         config = AutoConfig.for_model(family)
         text = config.get_text_config()
-        text.num_hidden_layers, text.pad_token_id = 1, None
+        text.num_hidden_layers, text.pad_token_id = _LLM_LAYERS, None
         with torch.device("meta"):
             yield family, AutoModelForImageTextToText.from_config(config)
 
@@ -67,12 +69,10 @@ def matrix(names: list[str]) -> dict[str, dict[str, Capability]]:
 
 def _choices(name: str) -> Iterator[Spec]:
     """The method with other values of its choice options, fewest first; `compat` never makes a method possible."""
-    cls = METHODS.get(name)
-    hints = typing.get_type_hints(cls)
     others = [
-        [(option.name, value) for value in typing.get_args(hints[option.name]) if value != option.default]
-        for option in dataclasses.fields(cls)
-        if typing.get_origin(hints[option.name]) is Literal and option.name != "compat"
+        [(option, value) for value in values]
+        for option, (_, *values) in METHODS.choices(name).items()
+        if option != "compat"
     ]
     for count in range(1, len(others) + 1):
         for changed in itertools.combinations(others, count):

@@ -22,34 +22,35 @@ OFFSET = 1e-6
 
 @register(
     "cdpruner",
-    summary="Greedy determinantal point process; conditioned on the question where text_tower or relevance says how.",
+    summary="Greedy determinantal point process, conditioned on the question.",
     family="diversity",
     paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs, "
     "arXiv:2506.10967",
     licence="Apache-2.0",
+    requires=("text_tower", "relevance"),
 )
 @dataclass(frozen=True)
 class CDPruner(VisualMethod):
     """Greedy MAP of a determinantal point process over projected tokens, with the kernel r_i cos(i, j) r_j (Section 3).
 
-    The paper's relevance r needs the text tower of the CLIP that the vision encoder comes from: give `text_tower`.
-    By default there is none and the question is not read: r = 1, the process without its condition. Tiles of one image
-    are treated apart and share the budget by size; their relevance is scaled to 0..1 together.
+    The paper's relevance r needs the text tower of the CLIP that the vision encoder comes from: give `text_tower`, or
+    say by `relevance` what to do without. Tiles of one image are treated apart and share the budget by size; their
+    relevance is scaled to 0..1 together.
 
     Args:
         text_tower: folder of a CLIP model. Its similarity of patches to the question counts negatively, since patches
             of CLIP are the less like a text the more they show of it.
-        relevance: what r is without a text tower: "none" ignores the question; "text" compares tokens with the LLM's
-            own embeddings of the prompt's text, for models without a CLIP, which the paper does not cover.
+        relevance: what r is without a text tower: "constant" drops the condition: r = 1, the question is not
+            read; "text" compares tokens with the LLM's own embeddings of the prompt's text, which is not the paper's.
         compat: "official" scales relevance over all items of a batch together.
     """
 
     text_tower: str | None = None
-    relevance: Literal["none", "text"] = "none"
+    relevance: Literal["constant", "text", None] = None
     compat: Literal["none", "official"] = "none"
 
     def __post_init__(self) -> None:
-        if self.text_tower is not None and self.relevance != "none":
+        if self.text_tower is not None and self.relevance is not None:
             raise SpecError(f"cdpruner: text_tower and relevance={self.relevance!r} exclude each other; give one.")
 
     def needs(self, encoder: EncoderFacts) -> Needs:

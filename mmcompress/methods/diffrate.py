@@ -25,7 +25,7 @@ from mmcompress.types import EncoderFacts, Needs
     family="CLS-guided pruning and merging",
     stage="encoder",
     paper="DiffRate: Differentiable Compression Rate for Efficient Vision Transformers, arXiv:2305.17997",
-    requires="rates",
+    requires=("rates",),
 )
 @dataclass(frozen=True)
 class DiffRate(EncoderMethod):

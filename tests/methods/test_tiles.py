@@ -392,9 +392,9 @@ def budgets(item: VisualItem) -> tuple[int, ...]:
 
 
 @every_item
-def test_cdpruner_by_default_spans_the_most_volume(item: VisualItem) -> None:
+def test_cdpruner_without_its_condition_spans_the_most_volume(item: VisualItem) -> None:
     for budget in budgets(item):
-        assert kept(CDPruner(), item, budget) == spanning(item, [0.0] * len(item), 0.0, 0.0, budget)
+        assert kept(CDPruner(relevance="constant"), item, budget) == spanning(item, [0.0] * len(item), 0.0, 0.0, budget)
 
 
 @every_item
@@ -416,17 +416,17 @@ def test_cdpruner_with_the_embeddings_of_the_text(item: VisualItem) -> None:
         expected = spanning(item, similarity, min(similarity), max(similarity), budget)
         assert kept(CDPruner(relevance="text"), item, budget) == expected
         wordless = replace(item, text=torch.empty(0, DIM))
-        assert kept(CDPruner(relevance="text"), wordless, budget) == kept(CDPruner(), item, budget)
+        assert kept(CDPruner(relevance="text"), wordless, budget) == kept(CDPruner(relevance="constant"), item, budget)
 
 
 def test_cdpruner_takes_the_token_that_matters_first() -> None:
     item = PLAIN["plane"]
-    assert kept(CDPruner(), item, 1) == [0]  # all alike: the lower index
+    assert kept(CDPruner(relevance="constant"), item, 1) == [0]  # all alike: the lower index
     unlike = torch.full((1, 20), 0.3)
     unlike[0, 13] = -0.4
     assert kept(CDPruner(text_tower="given"), replace(item, relevance=unlike), 1) == [13]
     assert kept(CDPruner(text_tower="given"), replace(item, relevance=torch.ones(1, 20)), 5) == kept(
-        CDPruner(), item, 5
+        CDPruner(relevance="constant"), item, 5
     )
 
 
@@ -448,8 +448,11 @@ def test_cdpruner_official_scales_relevance_over_the_batch() -> None:
 
 
 def test_cdpruner_says_what_it_reads() -> None:
-    assert CDPruner().needs(CLIP).embeddings
-    assert not CDPruner().needs(CLIP).text and CDPruner().needs(CLIP).text_tower is None
+    assert CDPruner(relevance="constant").needs(CLIP).embeddings
+    assert (
+        not CDPruner(relevance="constant").needs(CLIP).text
+        and CDPruner(relevance="constant").needs(CLIP).text_tower is None
+    )
     assert CDPruner(relevance="text").needs(CLIP).text
     needs = CDPruner(text_tower="folder").needs(CLIP)
     assert needs.text_tower == "folder" and needs.features and not needs.text
