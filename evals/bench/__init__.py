@@ -1,0 +1,1 @@
+"""What methods cost, measured against the plainest way to the same answer."""
