@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -30,16 +30,19 @@ class LLMShape:
     vocabulary: int
     bytes_per_value: int
 
-    def prefill_flops(self, tokens: int) -> int:
-        """FLOPs to prefill one sequence of `tokens`: matrix products, 2 per multiply-add, the full attention square."""
+    def prefill_flops(self, tokens: Sequence[int]) -> int:
+        """FLOPs to prefill one sequence of `tokens` in each layer.
+
+        Matrix products, 2 per multiply-add, the full attention square, the head for one token.
+        """
         projections = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         per_token = projections + 3 * self.hidden * self.intermediate
-        attention = 2 * tokens * self.heads * self.head_dim
-        return 2 * (self.layers * tokens * (per_token + attention) + self.hidden * self.vocabulary)
+        per_pair = 2 * self.heads * self.head_dim
+        return 2 * (sum(n * (per_token + n * per_pair) for n in tokens) + self.hidden * self.vocabulary)
 
-    def kv_bytes(self, tokens: int) -> int:
-        """Bytes that keys and values of `tokens` occupy in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value * tokens
+    def kv_bytes(self, tokens: Sequence[int]) -> int:
+        """Bytes that keys and values of `tokens` in each layer occupy."""
+        return 2 * self.kv_heads * self.head_dim * self.bytes_per_value * sum(tokens)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Stats:
         row_tokens: prompt tokens per row without compression, padding excluded.
         row_kept: prompt tokens per row that entered the LLM.
         shape: the LLM's dimensions.
+        row_left: by layer before which tokens were removed inside the LLM, prompt tokens per row from there on.
         reused: the share of the encoder's work that was done before, so that `seconds.encoder` covers the rest.
         seconds: time by stage, decode steps included as they happen.
     """
@@ -80,6 +84,7 @@ class Stats:
     row_tokens: Sequence[int]
     row_kept: Sequence[int]
     shape: LLMShape
+    row_left: Mapping[int, Sequence[int]] = field(default_factory=dict)
     reused: float = 0.0
     seconds: StageSeconds = field(default_factory=StageSeconds)
 
@@ -101,28 +106,39 @@ class Stats:
     @property
     def tokens_per_layer(self) -> list[float]:
         """Visual tokens in every LLM layer, averaged over items."""
-        mean = self.kept / len(self.items) if self.items else 0.0
-        return [mean] * self.shape.layers
+        entered = sum(self.row_kept)
+        return [
+            (self.kept - entered + sum(rows)) / len(self.items) if self.items else 0.0 for rows in self._rows_by_layer
+        ]
+
+    @property
+    def _rows_by_layer(self) -> list[Sequence[int]]:
+        """Prompt tokens per row in every layer."""
+        rows, by_layer = self.row_kept, []
+        for layer in range(self.shape.layers):
+            rows = self.row_left.get(layer, rows)
+            by_layer.append(rows)
+        return by_layer
 
     @property
     def prefill_flops(self) -> int:
         """Analytic FLOPs of the LLM prefill, all rows; attention to earlier turns is not counted."""
-        return sum(self.shape.prefill_flops(tokens) for tokens in self.row_kept)
+        return sum(self.shape.prefill_flops(tokens) for tokens in zip(*self._rows_by_layer, strict=True))
 
     @property
     def prefill_flops_full(self) -> int:
         """The same without compression."""
-        return sum(self.shape.prefill_flops(tokens) for tokens in self.row_tokens)
+        return sum(self.shape.prefill_flops([tokens] * self.shape.layers) for tokens in self.row_tokens)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes the prefill added to the KV cache, all rows, padding excluded."""
-        return sum(self.shape.kv_bytes(tokens) for tokens in self.row_kept)
+        return sum(self.shape.kv_bytes(tokens) for tokens in zip(*self._rows_by_layer, strict=True))
 
     @property
     def kv_bytes_full(self) -> int:
         """The same without compression."""
-        return sum(self.shape.kv_bytes(tokens) for tokens in self.row_tokens)
+        return self.shape.kv_bytes([sum(self.row_tokens)] * self.shape.layers)
 
     def __str__(self) -> str:
         return (

@@ -41,3 +41,20 @@ def spread(tensor: Tensor, keep: Tensor, index: Tensor) -> Tensor:
     leading = torch.where(index[:, :1] < 0, padding, 0)
     rows = torch.arange(index.shape[0], device=index.device)[:, None]
     return tensor[rows, (leading + before).clamp(max=index.shape[1] - 1)]
+
+
+def take_positions(positions: Tensor, index: Tensor) -> Tensor:
+    """Gather position ids `[..., batch, length]` by `index` `[batch, kept]`."""
+    index = index.clamp(min=0).expand(*positions.shape[:-2], *index.shape)
+    return positions.gather(-1, index)
+
+
+def renumber(positions: Tensor, current: Tensor, kept: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous ids for the kept tokens, and `[batch]` by how much all later ids must be moved back."""
+    text = positions[-3:] if positions.dim() == 3 else positions[None]
+    limit = torch.iinfo(text.dtype)
+    first = text.masked_fill(~current, limit.max).amin(dim=(0, 2))
+    last = text.masked_fill(~current, limit.min).amax(dim=(0, 2))
+    renumbered = first[:, None] + (valid.cumsum(dim=1) - 1).clamp(min=0)
+    shift = last - renumbered.amax(dim=1)
+    return renumbered.expand_as(kept), shift.masked_fill(~current.any(dim=1), 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -65,27 +65,75 @@ class LayerTokens:
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """A linear map over the tokens of a batch of images in which every token goes into one output at most.
+class TokenMap(ABC):
+    """A linear map over the tokens of a batch of images.
 
     Args:
         kept: `[images, outputs]` int64, the token whose place each output takes; none twice, protected ones in front.
-        group: `[images, tokens]` int64, the output each token goes into.
-        share: `[images, tokens]` float32, its weight there; 0 if it is dropped.
         size: `[images, outputs]` float32, how many patches each output stands for.
     """
 
     kept: Tensor
+    size: Tensor
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """How much of each token goes into each output, `[images, outputs, tokens]` float32."""
+
+    def apply(self, tokens: Tensor) -> Tensor:
+        """Map `[images, tokens, width]` to `[images, outputs, width]`, computed in float32."""
+        return (self.matrix() @ tokens.float()).to(tokens.dtype)
+
+    def then(self, later: TokenMap) -> TokenMap:
+        """This map followed by `later`, as one over the tokens of this one."""
+        return Mixture(self.kept.gather(-1, later.kept), later.size, later.apply(self.matrix()))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def selections(self, protected: int) -> list[Selection]:
+        """Per image the map over its patches, `protected` tokens left out; without weights if none absorbed another."""
+        anchors = self.kept[:, protected:] - protected
+        weights = self.matrix()[:, protected:, protected:]  # what CLS absorbed is no patch's
+        if int(weights.count_nonzero()) == anchors.numel():
+            return [Selection(anchor) for anchor in anchors]
+        return [Selection(anchor, weight) for anchor, weight in zip(anchors, weights, strict=True)]
+
+
+@dataclass(frozen=True)
+class Mixture(TokenMap):
+    """A map in which a token may go into several outputs.
+
+    Args:
+        weight: `[images, outputs, tokens]` float32, how much of each token goes into each output.
+    """
+
+    weight: Tensor
+
+    def matrix(self) -> Tensor:
+        """The weights."""
+        return self.weight
+
+
+@dataclass(frozen=True)
+class Reduction(TokenMap):
+    """A map in which every token goes into one output at most, and which needs no matrix.
+
+    Args:
+        group: `[images, tokens]` int64, the output each token goes into.
+        share: `[images, tokens]` float32, its weight there; 0 if it is dropped.
+    """
+
     group: Tensor
     share: Tensor
-    size: Tensor
 
     @classmethod
     def average(cls, matching: Matching, mass: Tensor, size: Tensor) -> Reduction:
         """Each output is the mean of its tokens weighted by `mass` `[images, tokens]`, and the sum of their `size`."""
         total = matching.sum(mass[..., None])[..., 0]
         share = mass / total.gather(-1, matching.group)
-        return cls(matching.kept, matching.group, share, matching.sum(size[..., None])[..., 0])
+        return cls(matching.kept, matching.sum(size[..., None])[..., 0], matching.group, share)
 
     @classmethod
     def keep(cls, kept: Tensor, size: Tensor) -> Reduction:
@@ -93,31 +141,24 @@ class Reduction:
         outputs = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
         group = torch.zeros_like(size, dtype=torch.long).scatter(-1, kept, outputs)
         share = torch.zeros_like(size).scatter(-1, kept, 1.0)
-        return cls(kept, group, share, size.gather(-1, kept))
+        return cls(kept, size.gather(-1, kept), group, share)
 
-    def to(self, device: torch.device) -> Reduction:
-        """The same on `device`."""
-        return Reduction(*(values.to(device) for values in (self.kept, self.group, self.share, self.size)))
+    def matrix(self) -> Tensor:
+        """The shares, each in the row of its token's group."""
+        weight = self.share.new_zeros(*self.kept.shape, self.share.shape[-1])
+        return weight.scatter(1, self.group[:, None], self.share[:, None])
 
     def apply(self, tokens: Tensor) -> Tensor:
         """Map `[images, tokens, width]` to `[images, outputs, width]`, computed in float32."""
         weighted = tokens.float() * self.share[..., None]
         return Matching(self.kept, self.group).sum(weighted).to(tokens.dtype)
 
-    def then(self, later: Reduction) -> Reduction:
-        """This reduction followed by `later`, as one over the tokens of this one."""
+    def then(self, later: TokenMap) -> TokenMap:
+        """This map followed by `later`, as one over the tokens of this one; a reduction if both are."""
+        if not isinstance(later, Reduction):
+            return super().then(later)
         kept, group = self.kept.gather(-1, later.kept), later.group.gather(-1, self.group)
-        return Reduction(kept, group, self.share * later.share.gather(-1, self.group), later.size)
-
-    def selections(self, protected: int) -> list[Selection]:
-        """Per image the map over its patches, `protected` tokens left out; without weights if none absorbed another."""
-        anchors, output = self.kept[:, protected:] - protected, self.group[:, protected:] - protected
-        share = self.share[:, protected:].masked_fill(output < 0, 0.0)  # what CLS absorbed is no patch's
-        if int(share.count_nonzero()) == anchors.numel():
-            return [Selection(anchor) for anchor in anchors]
-        weights = share.new_zeros(*anchors.shape, share.shape[-1])
-        weights.scatter_(1, output.clamp(min=0)[:, None], share[:, None])
-        return [Selection(anchor, weight) for anchor, weight in zip(anchors, weights, strict=True)]
+        return Reduction(kept, later.size, group, self.share * later.share.gather(-1, self.group))
 
 
 class EncoderMethod(ABC):
@@ -156,7 +197,7 @@ class EncoderMethod(ABC):
         """
 
     @abstractmethod
-    def reduce(self, tokens: LayerTokens, step: Step) -> Reduction:
+    def reduce(self, tokens: LayerTokens, step: Step) -> TokenMap:
         """Bring the tokens of one layer down to `step.left`; called only where that is fewer than there are."""
 
     def plan(self, tokens: int, keep: int, encoder: EncoderFacts) -> list[Step]:

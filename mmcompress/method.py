@@ -33,6 +33,11 @@ class VisualMethod(ABC):
         """Where weights apply: to "projected" tokens, or "pre_projector" to the features that become tokens."""
         return "projected"
 
+    @property
+    def newlines(self) -> bool:
+        """Whether an item's separators (newlines after rows, images or clips) stay; they are never candidates."""
+        return True
+
     def needs(self, encoder: EncoderFacts) -> Needs:
         """The statistics to tap, with layers resolved for this encoder."""
         return Needs()

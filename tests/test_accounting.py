@@ -36,7 +36,7 @@ def test_prefill_flops_are_what_torch_counts(settings: dict[str, int], tokens: i
     shape = llm_shape(model.model)
     # Exact, but for the angles of RoPE: some versions of transformers compute them as a matrix product.
     rotary_angles = tokens * shape.head_dim
-    assert counter.get_total_flops() - shape.prefill_flops(tokens) in (0, rotary_angles)
+    assert counter.get_total_flops() - shape.prefill_flops([tokens] * shape.layers) in (0, rotary_angles)
 
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
@@ -47,7 +47,7 @@ def test_kv_bytes_are_those_of_the_cache(settings: dict[str, int], dtype: torch.
     with torch.no_grad():
         model(torch.arange(13)[None], past_key_values=cache, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert llm_shape(model.model).kv_bytes(13) == held
+    assert llm_shape(model.model).kv_bytes([13] * 3) == held
 
 
 def test_shape_of_a_config_without_optional_entries() -> None:
@@ -64,12 +64,21 @@ def test_stats_add_up_over_items_and_rows() -> None:
     stats = Stats(items, [150, 70], [60, 25], shape, seconds=StageSeconds(encoder=1.5))
     assert (stats.tokens, stats.kept, stats.retained) == (200, 50, 0.25)
     assert stats.tokens_per_layer == [50 / 3] * 2
-    assert stats.prefill_flops == shape.prefill_flops(60) + shape.prefill_flops(25)
-    assert stats.prefill_flops_full == shape.prefill_flops(150) + shape.prefill_flops(70)
-    assert stats.kv_bytes == shape.kv_bytes(85)
-    assert stats.kv_bytes_full == shape.kv_bytes(220)
+    assert stats.prefill_flops == shape.prefill_flops([60, 60]) + shape.prefill_flops([25, 25])
+    assert stats.prefill_flops_full == shape.prefill_flops([150, 150]) + shape.prefill_flops([70, 70])
+    assert stats.kv_bytes == shape.kv_bytes([85, 85])
+    assert stats.kv_bytes_full == shape.kv_bytes([220, 220])
     assert "50 of 200 visual tokens kept (25.0%) in 3 items" in str(stats)
     assert "encoder 1.500" in str(stats)
+
+
+def test_tokens_removed_inside_the_llm_count_up_to_their_layer() -> None:
+    shape = LLMShape(4, 8, 2, 1, 4, 16, 32, 2)
+    items = [ItemStats(0, "image", 100, 40, 0), ItemStats(1, "image", 100, 20, 0)]
+    stats = Stats(items, [110, 105], [50, 25], shape, row_left={1: [30, 25], 3: [20, 15]})
+    assert (stats.kept, stats.tokens_per_layer) == (60, [30, 20, 20, 10])
+    assert stats.prefill_flops == shape.prefill_flops([50, 30, 30, 20]) + shape.prefill_flops([25, 25, 25, 15])
+    assert stats.kv_bytes == shape.kv_bytes([75, 55, 55, 35])
 
 
 def test_stats_of_no_items() -> None:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -39,22 +39,47 @@ class PrunedLayer(DynamicLayer):
         self.dropped = 0
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """What the layers from one on store, where tokens were removed before it.
+
+    Args:
+        mask: `[batch, physical]` bool, which stored tokens are real.
+        shift: `[batch]`, by how much its positions lag behind those of the first layer; None if they do not.
+    """
+
+    mask: Tensor
+    shift: Tensor | None
+
+    def take(self, rows: Tensor) -> Stretch:
+        """Only the rows numbered `rows`."""
+        shift = None if self.shift is None else self.shift[rows.to(self.shift.device)]
+        return Stretch(self.mask[rows.to(self.mask.device)], shift)
+
+
 @dataclass
 class CacheState:
     """What must outlive one forward pass, kept on the cache so that it dies with it.
 
     Args:
-        mask: `[batch, physical]` bool, which stored tokens are real.
+        mask: `[batch, physical]` bool, which tokens stored in the first layer are real.
         shift: `[batch]`, by how much renumbered positions lag behind the original ones.
+        stretches: by layer, what is different from there on.
     """
 
     mask: Tensor | None = None
     shift: Tensor | None = None
+    stretches: dict[int, Stretch] = field(default_factory=dict)
+
+    def copy(self) -> CacheState:
+        """The same, to be changed without changing this one."""
+        return CacheState(self.mask, self.shift, dict(self.stretches))
 
     def take(self, rows: Tensor) -> None:
         """Follow a cache whose rows became those numbered `rows`."""
         self.mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
         self.shift = None if self.shift is None else self.shift[rows.to(self.shift.device)]
+        self.stretches = {layer: stretch.take(rows) for layer, stretch in self.stretches.items()}
 
 
 class PrunedCache(DynamicCache):
@@ -84,9 +109,9 @@ class PrunedCache(DynamicCache):
         """Tokens stored in layer `layer_idx`."""
         return cast(PrunedLayer, self.layers[layer_idx]).physical_length() if layer_idx < len(self.layers) else 0
 
-    def drop(self, tokens: int) -> None:
-        """Note that `tokens` were seen by every layer and stored by none."""
-        for layer in self.layers:
+    def drop(self, tokens: int, first: int = 0) -> None:
+        """Note that `tokens` were seen by every layer and stored by none from the layer `first` on."""
+        for layer in self.layers[first:]:
             cast(PrunedLayer, layer).dropped += tokens
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

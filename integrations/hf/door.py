@@ -18,13 +18,14 @@ from transformers.cache_utils import DynamicCache
 
 from mmcompress.accounting import ItemStats, LLMShape, Stats
 from mmcompress.budget import Budget
-from mmcompress.compact import ragged_index, spread, take
+from mmcompress.compact import ragged_index, renumber, spread, take, take_positions
 from mmcompress.encoder_method import EncoderMethod
 from mmcompress.errors import UnsupportedError
 from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt
 from mmcompress.integrations.hf.clock import Span, StageClock
 from mmcompress.integrations.hf.encoder_stage import EncoderStage
 from mmcompress.integrations.hf.families import Family
+from mmcompress.integrations.hf.llm_stage import LLMStage, Prompt, Run
 from mmcompress.integrations.hf.placement import Placed, place_items
 from mmcompress.integrations.hf.text_tower import TextTower
 from mmcompress.integrations.hf.vision import Encoded, Vision
@@ -87,21 +88,24 @@ class Door:
     def __init__(
         self,
         family: Family,
-        method: VisualMethod | EncoderMethod,
+        method: VisualMethod | EncoderMethod | None,
         needs: Needs,
         encoder: EncoderFacts,
         keep: Budget,
         positions: Positions,
+        llm_stage: LLMStage | None = None,
     ) -> None:
         self._family = family
         self._method = method
-        self._needs = needs if isinstance(method, VisualMethod) else Needs(embeddings=True)
+        self._needs = Needs(embeddings=True) if isinstance(method, EncoderMethod) else needs
+        self.llm_stage = llm_stage
         self._positions = positions
+        self._newlines = not isinstance(method, VisualMethod) or method.newlines
         self._stage = None
         self._projector = None
         if isinstance(method, EncoderMethod):
             self._stage = EncoderStage(family, method, needs, encoder, keep)
-        elif method.space == "pre_projector":
+        elif method is not None and method.space == "pre_projector":
             self._projector = family.projector
         self._text_tower = None if needs.text_tower is None else TextTower(needs.text_tower, family)
         self._decoder: Any = family.base.get_decoder()
@@ -139,6 +143,8 @@ class Door:
         for hook in self._hooks:
             hook.remove()
         self.vision.remove()
+        if self.llm_stage is not None:
+            self.llm_stage.remove()
 
     @torch.compiler.disable
     def _before_base(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -162,6 +168,8 @@ class Door:
     def _after_base(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._forward.call.cache is not None:
             self._forward.call.cache.entered = False
+        if self.llm_stage is not None:
+            self.llm_stage.end()
         self._forward.visual, self._forward.call = {}, Call()
         self.vision.end()
 
@@ -178,7 +186,7 @@ class Door:
         call = Call(Span(kwargs["inputs_embeds"].device), visual)
         if cache is not None:
             call.cache = adopt(cache)
-            call.state = replace(call.cache.state)
+            call.state = call.cache.state.copy()
         kwargs = self._compress(kwargs, call)
         if call.cache is not None:
             call.cache.entered = True
@@ -199,9 +207,10 @@ class Door:
             positions = positions - state.shift[:, None]
         kwargs = {**kwargs, "past_key_values": call.cache}
 
-        valid = current
+        valid, prompt = current, None
         if call.visual:
-            kwargs, valid, positions = self._remove_tokens(kwargs, call, current, positions)
+            kwargs, prompt, positions = self._remove_tokens(kwargs, call, current, positions)
+            valid = prompt.valid
         if positions.dim() == 3 and positions.shape[0] == 4:  # row 0 of Qwen's ids only serves to detect packing
             positions = positions.clone()
             positions[0] = (valid.cumsum(dim=1) - 1).clamp(min=0) + past.shape[1]
@@ -211,6 +220,8 @@ class Door:
         needs_mask = call.cache is None or not bool(state.mask.all())
         kwargs["attention_mask"] = state.mask.long() if needs_mask else None
         kwargs["position_ids"] = positions
+        if self.llm_stage is not None:
+            self.llm_stage.begin(Run(call.cache, state, valid, past, positions, kwargs["inputs_embeds"], prompt))
         return kwargs
 
     def _masks(
@@ -235,7 +246,7 @@ class Door:
 
     def _remove_tokens(
         self, kwargs: dict[str, Any], call: Call, current: Tensor, positions: Tensor
-    ) -> tuple[dict[str, Any], Tensor, Tensor]:
+    ) -> tuple[dict[str, Any], Prompt, Tensor]:
         embeds: Tensor = kwargs["inputs_embeds"]
         length, span = embeds.shape[1], Span(embeds.device)
         pending = self.vision.pending
@@ -245,11 +256,16 @@ class Door:
         selections = self._select(placed)
 
         keep, source = current.clone(), torch.arange(length, device=embeds.device).repeat(len(embeds), 1)
-        for entry, selection in zip(placed, selections, strict=True):
+        visual = torch.stack([mask.to(embeds.device) for mask in call.visual.values()]).any(dim=0)
+        item = torch.full_like(source, -1)
+        if not self._newlines:
+            keep &= ~visual
+        for number, (entry, selection) in enumerate(zip(placed, selections, strict=True)):
             rows = torch.tensor(entry.rows, device=embeds.device)[:, None]
             anchors = entry.positions[selection.anchor]
             keep[rows, entry.positions] = False
             keep[rows, anchors] = True
+            item[rows, anchors] = number
             source[rows, anchors.sort().values] = anchors
         index = ragged_index(keep, pad_left=bool(current[:, -1].all()))
         valid = index >= 0
@@ -260,23 +276,23 @@ class Door:
             seen: Tensor = kwargs["visual_pos_masks"]
             plane_row = (seen.flatten().cumsum(0) - 1).view_as(seen)
             planes = [_merge(plane, plane_row, placed, selections) for plane in planes]
-            visual = take(seen, origin) & valid
-            kwargs["visual_pos_masks"] = visual
-            kwargs["deepstack_visual_embeds"] = [plane[take(plane_row, origin)[visual]] for plane in planes]
+            kwargs["visual_pos_masks"] = still = take(seen, origin) & valid
+            kwargs["deepstack_visual_embeds"] = [plane[take(plane_row, origin)[still]] for plane in planes]
         flat_row = torch.arange(embeds.shape[0] * length, device=embeds.device).view(-1, length)
         merged = _merge(embeds.flatten(0, 1), flat_row, placed, selections, self._projector).view_as(embeds)
         kwargs["inputs_embeds"] = take(merged, origin)
 
-        kept_positions = _take_positions(positions, origin)
+        kept_positions = take_positions(positions, origin)
         if self._positions == "renumber":
-            kept_positions, shift = _renumber(positions, current, kept_positions, valid)
+            kept_positions, shift = renumber(positions, current, kept_positions, valid)
             call.state.shift = shift if call.state.shift is None else call.state.shift + shift
         clock = StageClock()
         clock.add("encoder", *(span for encoded in pending.values() for span in encoded.spans))
         clock.add("selection", span.stop())
         stats, trace = self._account(pending, placed, selections, current, keep)
         call.removal = Removal(keep, index, stats, trace, clock)
-        return kwargs, valid, kept_positions
+        item = take(item, origin).masked_fill(~valid, -1)
+        return kwargs, Prompt(valid, item, take(~visual, origin) & valid), kept_positions
 
     def _select(self, placed: Sequence[Placed]) -> list[Selection]:
         items = [entry.item for entry in placed]
@@ -284,7 +300,9 @@ class Door:
             return self._method.compress(items, self.keep, self._needs)
         for item in items:
             require_finite(item, self._needs)
-        # What these tokens absorbed is in their features already.
+        if self._method is None:
+            return [Selection.everything(len(item), item.embeddings.device) for item in items]
+        # What tokens absorbed in the encoder is in their features already.
         return [
             Selection.everything(len(entry.item), entry.positions.device)
             if entry.reduced is None
@@ -305,7 +323,13 @@ class Door:
         ]
         in_rows.sort(key=lambda triple: triple[0])
         items = [
-            ItemStats(row, entry.item.modality, len(entry.item), len(selection), entry.separators)
+            ItemStats(
+                row,
+                entry.item.modality,
+                len(entry.item),
+                len(selection),
+                entry.separators if self._newlines else 0,
+            )
             for row, entry, selection in in_rows
         ]
         trace = [
@@ -315,7 +339,7 @@ class Door:
         encoded = pending.values()
         reused = 1 - sum(part.fresh for part in encoded) / sum(len(part.layouts) for part in encoded)
         tokens, kept = current.sum(dim=1).tolist(), keep.sum(dim=1).tolist()
-        return Stats(items, tokens, kept, llm_shape(self._decoder), reused), trace
+        return Stats(items, tokens, kept, llm_shape(self._decoder), reused=reused), trace
 
     def _before_layer(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -331,6 +355,7 @@ class Door:
         if call.cache is not None:
             call.cache.state = call.state
         call.span.stop()
+        run = None if self.llm_stage is None else self.llm_stage.end()
         if call.removal is None:
             if kwargs["inputs_embeds"].shape[1] == 1:
                 self.clock.add("decode", call.span)
@@ -341,8 +366,22 @@ class Door:
         self.stats, self.trace, self.clock = call.removal.stats, call.removal.trace, call.removal.clock
         self.clock.add("prefill", call.span)
         hidden = output.last_hidden_state
+        if run is not None:
+            hidden = self._leave(run, hidden)
         output.last_hidden_state = spread(hidden, keep.to(hidden.device), index.to(hidden.device))
         return output
+
+    def _leave(self, run: Run, hidden: Tensor) -> Tensor:
+        """Account for what was removed inside the LLM, and spread `hidden` over all columns that entered it."""
+        assert self.stats is not None
+        left = {removed.layer: (removed.index >= 0).sum(dim=1).tolist() for removed in run.removed}
+        self.stats = replace(self.stats, row_left=left)
+        for removed in reversed(run.removed):
+            keep, index = removed.keep.to(hidden.device), removed.index.to(hidden.device)
+            hidden = spread(hidden, keep, index)
+            if run.cache is not None:
+                run.cache.drop(keep.shape[1] - index.shape[1], removed.layer)
+        return hidden
 
 
 def llm_shape(decoder: Any) -> LLMShape:
@@ -386,20 +425,3 @@ def _merge(
         for tokens, output in zip(members, outputs, strict=True):
             merged[tokens[selection.anchor]] = output
     return merged
-
-
-def _take_positions(positions: Tensor, index: Tensor) -> Tensor:
-    """Gather position ids `[..., batch, length]` by `index` `[batch, kept]`."""
-    index = index.clamp(min=0).expand(*positions.shape[:-2], *index.shape)
-    return positions.gather(-1, index)
-
-
-def _renumber(positions: Tensor, current: Tensor, kept: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous ids for the kept tokens, and `[batch]` by how much all later ids must be moved back."""
-    text = positions[-3:] if positions.dim() == 3 else positions[None]
-    limit = torch.iinfo(text.dtype)
-    first = text.masked_fill(~current, limit.max).amin(dim=(0, 2))
-    last = text.masked_fill(~current, limit.min).amax(dim=(0, 2))
-    renumbered = first[:, None] + (valid.cumsum(dim=1) - 1).clamp(min=0)
-    shift = last - renumbered.amax(dim=1)
-    return renumbered.expand_as(kept), shift.masked_fill(~current.any(dim=1), 0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmcompress.budget import Budget
-from mmcompress.encoder_method import Attention, EncoderMethod, LayerTokens, Reduction, Step
+from mmcompress.encoder_method import Attention, EncoderMethod, LayerTokens, Step, TokenMap
 from mmcompress.errors import UnsupportedError
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.taps import tap
@@ -32,7 +32,7 @@ class Run:
 
     def __init__(self, steps: list[Step]) -> None:
         self.steps = steps
-        self.done: Reduction | None = None
+        self.done: TokenMap | None = None
         self.attention: Attention | None = None
         self.output: Tensor | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -19,13 +19,16 @@ from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.cache import adopt
 from mmcompress.integrations.hf.door import Door
 from mmcompress.integrations.hf.families import FAMILIES, Family
+from mmcompress.integrations.hf.llm_stage import LLMStage, llm_facts, require_in_llm
+from mmcompress.llm_method import LLMFacts, LLMMethod
 from mmcompress.method import VisualMethod
 from mmcompress.registry import METHODS, POLICIES, Stage
 from mmcompress.spec import CompressionConfig, Spec, SpecLike
 from mmcompress.types import EncoderFacts, Needs, Positions, Trace
 
 _MARK = "_mmcompress_handle"
-_STAGES: dict[Stage, type] = {"encoder": EncoderMethod, "pre_llm": VisualMethod}
+_BASES: dict[Stage, type] = {"encoder": EncoderMethod, "pre_llm": VisualMethod, "in_llm": LLMMethod}
+Method = VisualMethod | EncoderMethod | LLMMethod
 
 
 class Handle:
@@ -33,33 +36,46 @@ class Handle:
 
     Args:
         config: what was asked for.
-        method: the configured method.
-        needs: the statistics it reads, with layers resolved for this model.
+        method: the configured method that decides what enters the LLM; None if all does.
+        llm_method: the configured method that acts inside the LLM, if there is one.
+        needs: the statistics `method` reads, with layers resolved for this model.
         encoder: what it knows of the vision encoder.
-        positions: how kept tokens are numbered.
+        llm: what is known of the LLM.
+        positions: how tokens that enter the LLM are numbered.
     """
 
     def __init__(self, family: Family, config: CompressionConfig) -> None:
-        spec, method = _method(config)
-        self.method: VisualMethod | EncoderMethod = method
+        stages = _stages(config)
+        self.method, self.llm_method = stages.vision, stages.llm
         self.config = config
         self.encoder: EncoderFacts = family.facts()
-        self.needs: Needs = self.method.needs(self.encoder)
-        _require_supplied(spec.name, self.needs, self.encoder)
+        self.llm: LLMFacts = llm_facts(family)
+        self.needs: Needs = Needs() if self.method is None else self.method.needs(self.encoder)
+        if self.method is not None:
+            _require_supplied(self.method.info.name, self.needs, self.encoder)
         if isinstance(self.method, EncoderMethod):
             _require_encoder_stage(self.method, family)
-        elif self.method.space == "pre_projector" and self.encoder.no_pre_projector:
+        elif self.method is not None and self.method.space == "pre_projector" and self.encoder.no_pre_projector:
             raise UnsupportedError(
-                f"{spec.name} merges features before the projector, which {type(family.base).__name__} rules out: "
-                f'{self.encoder.no_pre_projector}. Option space="projected" merges projected tokens instead.'
+                f"{self.method.info.name} merges features before the projector, which {type(family.base).__name__} "
+                f'rules out: {self.encoder.no_pre_projector}. Option space="projected" merges projected tokens instead.'
             )
-        _require_option(self.method)
+        if self.llm_method is not None:
+            require_in_llm(family, self.llm_method, self.llm)
         self.positions: Positions = config.positions or family.positions
-        if spec.keep is None:
-            raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a token count, as in keep=0.25.")
-        self._require_within_reach(spec.keep)
+        if stages.keep is not None:
+            self._require_within_reach(stages.keep)
         self._base = family.base
-        self._door: Door | None = Door(family, self.method, self.needs, self.encoder, spec.keep, self.positions)
+        llm_stage = None
+        if self.llm_method is not None:
+            numbered = self.llm_method.positions if family.positions == "renumber" else family.positions
+            llm_stage = LLMStage(
+                family, self.llm_method, self.llm, stages.llm_keep or Budget(1.0), config.positions or numbered
+            )
+        keep = stages.keep or Budget(1.0)
+        self._door: Door | None = Door(
+            family, self.method, self.needs, self.encoder, keep, self.positions, llm_stage=llm_stage
+        )
         setattr(self._base, _MARK, self)
 
     @property
@@ -75,8 +91,13 @@ class Handle:
 
     @property
     def keep(self) -> int | float:
-        """The budget in force."""
-        return self._active().keep.keep
+        """The budget in force; that of the method before the LLM if there are two."""
+        return self._budgeted.keep.keep
+
+    @property
+    def _budgeted(self) -> Door | LLMStage:
+        door = self._active()
+        return door.llm_stage if self.method is None and door.llm_stage is not None else door
 
     def set(self, *, keep: int | float) -> AbstractContextManager[Handle]:
         """Change the budget from now on; as a context manager, only until its end.
@@ -84,16 +105,20 @@ class Handle:
         Raises:
             SpecError: `keep` is out of range; the budget in force stays.
         """
-        door, wanted = self._active(), Budget(keep)
+        if len(self.config.methods) > 1:
+            raise SpecError("two methods have two budgets; unwrap the model and wrap it again with those you want.")
+        if self.llm_method is not None and not self.llm_method.takes_keep:
+            raise SpecError(f"{self.llm_method.info.name} takes no keep=: its own rule says how many tokens are left.")
+        stage, wanted = self._budgeted, Budget(keep)
         self._require_within_reach(wanted)
-        before, door.keep = door.keep, wanted
+        before, stage.keep = stage.keep, wanted
 
         @contextmanager
         def until() -> Iterator[Handle]:
             try:
                 yield self
             finally:
-                door.keep = before
+                stage.keep = before
 
         return until()
 
@@ -190,19 +215,52 @@ def _family(model: Any) -> Family:
     return family
 
 
-def _method(config: CompressionConfig) -> tuple[Spec, VisualMethod | EncoderMethod]:
+@dataclass(frozen=True)
+class _Stages:
+    """The configured methods by where they act."""
+
+    vision: VisualMethod | EncoderMethod | None = None
+    keep: Budget | None = None
+    llm: LLMMethod | None = None
+    llm_keep: Budget | None = None
+
+
+def _method(spec: Spec) -> Method:
+    method: Any = METHODS.build(spec.name, spec.options)
+    stage = method.info.stage
+    if not isinstance(method, _BASES.get(stage, ())):
+        offered = ", ".join(f"{name!r} (a {base.__name__})" for name, base in _BASES.items())
+        raise UnsupportedError(f"{spec.name} acts in stage {stage!r}; this engine offers {offered}.")
+    return cast(Method, method)
+
+
+def _stages(config: CompressionConfig) -> _Stages:
     if config.kv is not None:
         POLICIES.get(config.kv.name)
         raise UnsupportedError(f"KV policy {config.kv.name!r}: the Hugging Face engine applies no KV policies yet.")
-    if len(config.methods) != 1:
-        given = ", ".join(spec.name for spec in config.methods) or "none"
-        raise SpecError(f"give exactly one method; got {given}. Available: {', '.join(METHODS.names())}.")
-    spec = config.methods[0]
-    method: Any = METHODS.build(spec.name, spec.options)
-    if not isinstance(method, _STAGES.get(method.info.stage, ())):
-        offered = " and ".join(f"{stage!r} (a {base.__name__})" for stage, base in _STAGES.items())
-        raise UnsupportedError(f"{spec.name} acts in stage {method.info.stage!r}; this engine offers {offered}.")
-    return spec, cast(VisualMethod | EncoderMethod, method)
+    if not config.methods:
+        raise SpecError(f"give a method. Available: {', '.join(METHODS.names())}.")
+    stages = _Stages()
+    for spec in config.methods:
+        method = _method(spec)
+        _require_option(method)
+        _require_budget(spec, method)
+        if isinstance(method, LLMMethod):
+            if stages.llm is not None:
+                raise SpecError(
+                    f"{spec.name} and {stages.llm.info.name} both remove tokens inside the LLM; give one of them."
+                )
+            stages = replace(stages, llm=method, llm_keep=spec.keep)
+            continue
+        if stages.vision is not None:
+            raise SpecError(
+                f"{stages.vision.info.name} and {spec.name} both decide what enters the LLM; give one of them, and "
+                "beside it at most one method that acts inside the LLM."
+            )
+        if stages.llm is not None:
+            raise SpecError(f"{spec.name} acts before {stages.llm.info.name}: give it first.")
+        stages = replace(stages, vision=method, keep=spec.keep)
+    return stages
 
 
 def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
@@ -216,10 +274,19 @@ def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
             )
 
 
-def _require_option(method: VisualMethod | EncoderMethod) -> None:
-    name, option = method.info.name, method.info.requires
-    if option and getattr(method, option) is None:
-        raise SpecError(f"{name} needs {option}=; mmcompress info {name} says what to give.")
+def _require_option(method: Method) -> None:
+    name, options = method.info.name, method.info.requires
+    if options and all(getattr(method, option) is None for option in options):
+        needed = " or ".join(f"{option}=" for option in options)
+        raise SpecError(f"{name} needs {needed}; mmcompress info {name} says what to give.")
+
+
+def _require_budget(spec: Spec, method: Method) -> None:
+    takes_keep = not isinstance(method, LLMMethod) or method.takes_keep
+    if takes_keep and spec.keep is None:
+        raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a token count, as in keep=0.25.")
+    if not takes_keep and spec.keep is not None:
+        raise SpecError(f"{spec.name} takes no keep=: its own rule says how many tokens are left.")
 
 
 def _require_encoder_stage(method: EncoderMethod, family: Family) -> None:

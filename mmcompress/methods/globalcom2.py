@@ -37,7 +37,9 @@ class GlobalCom2(VisualMethod):
     Args:
         temperature: of the softmax over crops, above 0.
         compat: "official" orders tokens as the authors' code does: the thumbnail's by descending logit, and those of
-            crops as if the tokens that un-padding left of a crop filled it from its first row on.
+            crops as if the tokens that un-padding left of a crop filled it from its first row on. Newline tokens stay
+            after the picture's true rows: in transformers padding is removed in any case, so the newlines that the
+            authors' code puts after rows of padding are not there.
     """
 
     temperature: float = 10.0

@@ -43,7 +43,9 @@ class HiRED(VisualMethod):
             counts the 1 - `alpha` most attended tokens in as many horizontal stripes as there are crops.
         score: "cls" reads the CLS token's rows; "received" reads the attention a token receives from all tokens in the
             first and last layers that attend to the whole image, for encoders without CLS.
-        compat: "official" rounds the crops' parts down and gives nobody what is left over, as paper and code do.
+        compat: "official" rounds the crops' parts down and gives nobody what is left over, as paper and code do, and
+            lets no newline token into the LLM, as the code does. In transformers padding is removed in any case, so
+            what of the budget goes to padding in the authors' code is not lost.
     """
 
     alpha: float = 0.5
@@ -58,6 +60,11 @@ class HiRED(VisualMethod):
     @property
     def exact_count(self) -> bool:
         """Whether what is left over by rounding is kept."""
+        return self.compat == "none"
+
+    @property
+    def newlines(self) -> bool:
+        """Whether newline tokens stay."""
         return self.compat == "none"
 
     def needs(self, encoder: EncoderFacts) -> Needs:

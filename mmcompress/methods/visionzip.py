@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,15 +40,23 @@ class VisionZip(VisualMethod):
             encoders without CLS.
         contextual: share of the budget that is contextual; default: 10 of 64, as in the paper.
         space: "pre_projector" merges the encoder's features, as published; "projected" merges projected tokens.
+        compat: "official" lets no newline token into the LLM, as the authors' code does. In transformers padding is
+            removed in any case, so what of the budget goes to padding in their code is not lost.
     """
 
     score: Score = "cls"
     contextual: float = 10 / 64
     space: Space = "pre_projector"
+    compat: Literal["none", "official"] = "none"
 
     def __post_init__(self) -> None:
         if not 0 <= self.contextual <= 1:
             raise SpecError(f"visionzip: contextual={self.contextual} is out of range; use a share in [0, 1].")
+
+    @property
+    def newlines(self) -> bool:
+        """Whether newline tokens stay."""
+        return self.compat == "none"
 
     def needs(self, encoder: EncoderFacts) -> Needs:
         """Attention and keys of the layer whose output is used, and the features or embeddings that are merged."""

@@ -447,6 +447,7 @@ def _compressed(
     selections: Sequence[Selection],
     positions: Positions,
     space: Space,
+    newlines: bool,
 ) -> list[tuple[_Row, Tensor]]:
     """Per row the sequence that is left, and `[length]` the padded column each token stands for (its slot)."""
     answer = []
@@ -461,6 +462,7 @@ def _compressed(
         for reference, selection, tokens in own:
             slots = reference.positions[selection.anchor.sort().values]
             kept[reference.positions] = False
+            kept[reference.separators] = newlines
             kept[slots] = True
             embeddings[slots] = selection.apply(row.embeddings[reference.positions]) if tokens is None else tokens
             ids[..., slots] = row.positions[..., reference.positions[selection.anchor]]
@@ -506,10 +508,11 @@ def recompute(
     positions: Positions,
     steps: int,
     space: Space = "projected",
+    newlines: bool = True,
 ) -> Recomputed:
     """Greedy decoding of every row by itself, each step from scratch; never ends early, as under `min_new_tokens`."""
     tokens, logits = [], []
-    for row, _ in _compressed(model, family_name, inputs, items, selections, positions, space):
+    for row, _ in _compressed(model, family_name, inputs, items, selections, positions, space, newlines):
         chosen: list[int] = []
         steps_logits = []
         for _ in range(steps):
@@ -533,9 +536,10 @@ def forced_logits(
     row: int,
     tokens: Sequence[int],
     space: Space = "projected",
+    newlines: bool = True,
 ) -> Tensor:
     """`[tokens + 1, vocabulary]`: the logits after the prompt of `row` and after each forced token."""
-    prompt, _ = _compressed(model, family_name, inputs, items, selections, positions, space)[row]
+    prompt, _ = _compressed(model, family_name, inputs, items, selections, positions, space, newlines)[row]
     return _row_logits(model, prompt, tokens)[len(prompt.embeddings) - 1 :]
 
 
@@ -564,13 +568,14 @@ def loss(
     labels: Tensor,
     row: int | None = None,
     space: Space = "projected",
+    newlines: bool = True,
 ) -> Tensor:
     """Mean cross-entropy of `labels` `[rows, length]`, of one row or over all labels of the batch; differentiable.
 
     Each kept token predicts the kept token after it; labels of -100 do not count.
     """
     losses = []
-    compressed = _compressed(model, family_name, inputs, items, selections, positions, space)
+    compressed = _compressed(model, family_name, inputs, items, selections, positions, space, newlines)
     for number, (prompt, columns) in enumerate(compressed):
         if row is None or number == row:
             logits = _row_logits(model, prompt, ())

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mmcompress
+import mmcompress.methods.token_transforming
 from mmcompress import SpecError, UnsupportedError
 from mmcompress.errors import InputError
 from mmcompress.registry import METHODS
@@ -187,6 +188,23 @@ def zerotprune(start: str = "cls") -> Rule:
     return rule
 
 
+def token_transforming(score: str = "cls") -> Rule:
+    def rule(layer: Layer) -> list[Output]:
+        scores = layer.attention[:, 0].mean(0) if score == "cls" else layer.attention.mean((0, 1))
+        patches, keys = range(layer.cls, len(layer.size)), layer.keys.mean(0)
+        anchors = sorted(sorted(patches, key=lambda i: -float(scores[i]))[: layer.left])
+        given: dict[int, dict[int, float]] = {i: {} for i in anchors}
+        for j in patches:
+            odds = {i: math.exp(cosine(keys[i], keys[j]) / 0.1) for i in anchors}
+            for i in anchors:
+                given[i][j] = odds[i] / sum(odds.values()) * layer.size[j]
+        mass = {i: sum(given[i].values()) for i in anchors}
+        mixes = [(i, {j: part / mass[i] for j, part in given[i].items()}, mass[i]) for i in anchors]
+        return [*((i, {i: 1.0}, layer.size[i]) for i in range(layer.cls)), *mixes]
+
+    return rule
+
+
 READINGS: dict[str, Reading] = {
     "tome": Reading(tome, (11, 6), True, True),
     "tome(proportional=false)": Reading(tome, (11, 6), True, False),
@@ -198,6 +216,8 @@ READINGS: dict[str, Reading] = {
     f"{DIFFRATE[:-1]}, proportional=false)": Reading(diffrate, (11, 6), True, False),
     "zerotprune": Reading(zerotprune(), (10, 6), False, False),
     "zerotprune(start=uniform)": Reading(zerotprune("uniform"), (10, 6), False, False),
+    "token-transforming": Reading(token_transforming(), (16, 6), False, False),
+    "token-transforming(score=received)": Reading(token_transforming("received"), (16, 6), False, False),
 }
 IDS = {spec: spec.replace(RATES, "PATH") for spec in READINGS}
 every_reading = pytest.mark.parametrize("spec", READINGS, ids=IDS.get)
@@ -362,6 +382,18 @@ def test_answers_do_not_depend_on_the_batch(kind: Kind) -> None:
         assert_exact(generate(built(), expected.inputs), answer)
 
 
+def test_tokens_shared_out_in_several_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps that are matrices follow one another; an encoder as small as this has but one layer that shares out."""
+    monkeypatch.setattr(mmcompress.methods.token_transforming, "_LAYERS", (0, 9))
+    with torch.no_grad():
+        expected = case("token-transforming", left=(10, 6))
+        answer = expected.answer()
+    with mmcompress.wrap(built(), "token-transforming", keep=KEEP) as handle:
+        output = generate(built(), expected.inputs)
+        assert_traced(handle, expected)
+    assert_exact(output, answer)
+
+
 def test_beams_and_several_answers_per_prompt() -> None:
     """What was encoded once serves several rows: all first tokens follow from the same logits."""
     with torch.no_grad():
@@ -390,7 +422,16 @@ def _siglip(attention: str = "sdpa") -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("spec", ["tome", "pitome", "pitome(matching=energy)", "zerotprune(start=uniform)"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "tome",
+        "pitome",
+        "pitome(matching=energy)",
+        "zerotprune(start=uniform)",
+        "token-transforming(score=received)",
+    ],
+)
 def test_encoders_without_cls(spec: str) -> None:
     model = _siglip()
     with torch.no_grad():
@@ -402,7 +443,9 @@ def test_encoders_without_cls(spec: str) -> None:
     assert_exact(output, answer)
 
 
-@pytest.mark.parametrize("spec", [DIFFRATE, "zerotprune"], ids=["diffrate", "zerotprune"])
+@pytest.mark.parametrize(
+    "spec", [DIFFRATE, "zerotprune", "token-transforming"], ids=["diffrate", "zerotprune", "token-transforming"]
+)
 def test_methods_that_read_cls_are_refused_without_one(spec: str) -> None:
     with pytest.raises(UnsupportedError, match=r"needs cls_rows, which is not available: .* has no CLS token"):
         mmcompress.wrap(_siglip(), spec, keep=KEEP)

@@ -41,6 +41,7 @@ REFERENCE = "todre"
 # Merging before the projector, and what it takes without one that maps each token by itself or a CLS token.
 PRE_PROJECTOR = ("visionzip", "prumerge", "prumerge-plus", "aim")
 WITHOUT_CLS = Spec("visionzip", None, {"score": "received", "space": "projected"})
+WITHOUT_NEWLINES = Spec("hired", None, {"score": "received", "compat": "official"})
 # Families whose pixels transformers 5.17 repeats image by image rather than prompt by prompt.
 REPEATED_BY_PIXELS = ("llava", "llava_next", "llava_onevision", "internvl")
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -62,16 +63,15 @@ class Case:
     selections: list[Selection]
     positions: Positions
     space: Space
+    newlines: bool
 
     def answer(self, steps: int = STEPS) -> Recomputed:
-        return recompute(
-            self.model, self.name, self.inputs, self.items, self.selections, self.positions, steps, self.space
-        )
+        prompt = (self.model, self.name, self.inputs, self.items, self.selections, self.positions)
+        return recompute(*prompt, steps, self.space, self.newlines)
 
     def forced(self, row: int, tokens: list[int]) -> Tensor:
-        return forced_logits(
-            self.model, self.name, self.inputs, self.items, self.selections, self.positions, row, tokens, self.space
-        )
+        prompt = (self.model, self.name, self.inputs, self.items, self.selections, self.positions)
+        return forced_logits(*prompt, row, tokens, self.space, self.newlines)
 
 
 def case(
@@ -91,7 +91,7 @@ def case(
     needs = method.needs(encoder_facts(model, name))
     selections = method.compress([reference.item for reference in items], Budget(keep), needs)
     default: Positions = "original" if name in MROPE else "renumber"
-    return Case(model, name, inputs, items, selections, positions or default, method.space)
+    return Case(model, name, inputs, items, selections, positions or default, method.space, method.newlines)
 
 
 def generate(model: PreTrainedModel, inputs: dict, steps: int = STEPS, **options) -> typing.Any:
@@ -117,12 +117,15 @@ def assert_compressed(output: typing.Any, handle: mmcompress.Handle, expected: C
     dropped = torch.zeros(len(valid), dtype=torch.long)
     for reference, selection in zip(expected.items, expected.selections, strict=True):
         dropped[reference.row] += len(reference.item) - len(selection)
+        dropped[reference.row] += 0 if expected.newlines else len(reference.separators)
     kept = valid.sum(1) - dropped
     layers = output.past_key_values.layers
     assert {layer.keys.shape[-2] for layer in layers} == {int(kept.max()) + STEPS - 1}
     assert {layer.get_seq_length() for layer in layers} == {valid.shape[1] + STEPS - 1}
     assert list(handle.stats.row_kept) == kept.tolist()
     assert list(handle.stats.row_tokens) == valid.sum(1).tolist()
+    separators = [len(reference.separators) if expected.newlines else 0 for reference in expected.items]
+    assert [item.separators for item in handle.stats.items] == separators
     for trace, reference, selection in zip(handle.trace, expected.items, expected.selections, strict=True):
         assert trace.row == reference.row
         assert trace.positions.tolist() == reference.positions.tolist()
@@ -172,6 +175,26 @@ def test_every_situation(name: str, kind: Kind, attention: str, positions: Posit
         assert bool(calls) == (attention == "flash")
     assert_exact(output, answer)
     torch.testing.assert_close(uncached, answer.logits[:, 0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["renumber", "original"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llava_next", "images"), ("llava_onevision", "images"), ("llava_onevision", "video")]
+)
+def test_newlines_may_leave_too(name: str, kind: Kind, positions: Positions) -> None:
+    """After the rows of crops, after a single tile and after a clip; in a later turn they stay away."""
+    expected = case(name, kind, WITHOUT_NEWLINES, positions)
+    assert all(len(reference.separators) for reference in expected.items)
+    baseline = generate(expected.model, expected.inputs, steps=1).logits[0]
+    added = torch.tensor([[40, 41, 42]]).expand(len(expected.inputs["input_ids"]), -1)
+    with mmcompress.wrap(expected.model, WITHOUT_NEWLINES, keep=KEEP, positions=positions) as handle:
+        first = generate(expected.model, expected.inputs)
+        assert_compressed(first, handle, expected, baseline)
+        second = generate(expected.model, _second_turn(first, expected.inputs, added), steps=1)
+    assert_exact(first, expected.answer())
+    for row, logits in enumerate(second.logits[0]):
+        said = first.sequences[row, -STEPS:].tolist() + added[row].tolist()
+        torch.testing.assert_close(logits, expected.forced(row, said)[-1], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("keep", [1, 3, 1.0, 10_000])
@@ -335,6 +358,7 @@ def test_a_new_image_in_a_later_turn(
         *((name, REFERENCE) for name in FAMILIES),
         *((name, spec) for name in ("llava", "llava_next") for spec in PRE_PROJECTOR),
         ("llava", "visionzip(space=projected)"),
+        ("llava_next", "visionzip(compat=official)"),
     ],
 )
 def test_training_loss_and_gradients(name: str, spec: str) -> None:
@@ -356,6 +380,7 @@ def test_training_loss_and_gradients(name: str, spec: str) -> None:
         expected.positions,
         labels,
         space=expected.space,
+        newlines=expected.newlines,
     )
     wanted.backward()
     gradients = {
