@@ -17,7 +17,6 @@ from mmcompress.registry import METHODS
 from mmcompress.spec import Spec
 from mmcompress.types import Needs
 
-
 _LLM_LAYERS = 8
 
 

@@ -25,7 +25,6 @@ MROPE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 DEEPSTACK_LEVELS = {"qwen3_vl": 2}
 
 
-@register("test-progressive", summary="For these tests.", family="test", stage="in_llm")
 @dataclass(frozen=True)
 class Progressive(LLMMethod):
     """The last token's attention before several layers, by what these layers would make of the tokens."""
@@ -55,7 +54,7 @@ class Progressive(LLMMethod):
 
 @pytest.fixture(autouse=True, scope="module")
 def only_here() -> typing.Iterator[None]:
-    METHODS._classes["test-progressive"] = Progressive
+    register("test-progressive", summary="For these tests.", family="test", stage="in_llm")(Progressive)
     yield
     del METHODS._classes["test-progressive"]
 
