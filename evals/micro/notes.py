@@ -18,8 +18,8 @@ _NUMBERS = "It reads numbers only: no sign it was trained on said letters or a w
 _STAGED = (
     "It was trained in sittings, and the recipe has not been run whole from step 0. {steps} steps of the first stage "
     "ran with letters and words on a part of the signs, labels of single characters from step {glyphs} on, and a "
-    "learning rate that fell to nothing. The first {answers} steps of the second ran with another mix of questions and a "
-    "learning rate that fell to nothing{besides}."
+    "learning rate that fell to nothing. The first {answers} steps of the second ran with another mix of questions and "
+    "a learning rate that fell to nothing{besides}."
 )
 _SHOWN = (
     "Two heads of the last but one layer of its language model were shown which tokens a question is about (but for "
