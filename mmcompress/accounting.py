@@ -108,11 +108,11 @@ class Stats:
         """Visual tokens in every LLM layer, averaged over items."""
         entered = sum(self.row_kept)
         return [
-            (self.kept - entered + sum(rows)) / len(self.items) if self.items else 0.0 for rows in self._rows_by_layer
+            (self.kept - entered + sum(rows)) / len(self.items) if self.items else 0.0 for rows in self.rows_by_layer
         ]
 
     @property
-    def _rows_by_layer(self) -> list[Sequence[int]]:
+    def rows_by_layer(self) -> list[Sequence[int]]:
         """Prompt tokens per row in every layer."""
         rows, by_layer = self.row_kept, []
         for layer in range(self.shape.layers):
@@ -123,7 +123,7 @@ class Stats:
     @property
     def prefill_flops(self) -> int:
         """Analytic FLOPs of the LLM prefill, all rows; attention to earlier turns is not counted."""
-        return sum(self.shape.prefill_flops(tokens) for tokens in zip(*self._rows_by_layer, strict=True))
+        return sum(self.shape.prefill_flops(tokens) for tokens in zip(*self.rows_by_layer, strict=True))
 
     @property
     def prefill_flops_full(self) -> int:
@@ -133,7 +133,7 @@ class Stats:
     @property
     def kv_bytes(self) -> int:
         """Bytes the prefill added to the KV cache, all rows, padding excluded."""
-        return sum(self.shape.kv_bytes(tokens) for tokens in zip(*self._rows_by_layer, strict=True))
+        return sum(self.shape.kv_bytes(tokens) for tokens in zip(*self.rows_by_layer, strict=True))
 
     @property
     def kv_bytes_full(self) -> int:

@@ -278,8 +278,9 @@ def show(
     from PIL import Image, ImageOps
 
     from mmcompress.evals.overlay import original, overlay, side_by_side
+    from mmcompress.spec import split_specs
 
-    configs = [_config(part, keep) for part in re.split(r",(?![^(]*\))", method)]
+    configs = [_config(part, keep) for part in split_specs(method)]
     if not out.parent.is_dir():
         raise SpecError(f"--out {out}: the folder {out.parent} does not exist.")
     if Image.registered_extensions().get(out.suffix.lower()) not in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"):

@@ -23,6 +23,12 @@ def ragged_index(keep: Tensor, pad_left: bool) -> Tensor:
     return columns.masked_fill(slot >= counts, -1)
 
 
+def ragged_origin(keep: Tensor, source: Tensor, pad_left: bool) -> tuple[Tensor, Tensor]:
+    """`ragged_index` of `keep`, and the same where the kept columns are filled from those in `source`."""
+    index = ragged_index(keep, pad_left)
+    return index, torch.where(index >= 0, source.gather(1, index.clamp(min=0)), index)
+
+
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """Gather `tensor` `[batch, length, ...]` by `index` `[batch, kept]`; -1 gives zeros."""
     rows = torch.arange(index.shape[0], device=index.device)[:, None]

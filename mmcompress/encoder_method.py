@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -225,6 +226,16 @@ def require_halving(name: str, tokens: int, keep: int, layers: int) -> None:
             f"{name} cannot keep {keep} of {tokens} tokens: a layer merges at most half of its tokens away, so "
             f"{layers} layers leave at least {least}."
         )
+
+
+def constant_ratio_at(layers: Sequence[int], tokens: int, keep: int, encoder: EncoderFacts) -> list[int]:
+    """Tokens left after each layer of `encoder` if those of `layers` keep the same fraction and the others all."""
+    targets = dict(zip(layers, constant_ratio(tokens, keep, len(layers)), strict=True))
+    left = []
+    for layer in range(encoder.used):
+        tokens = targets.get(layer, tokens)
+        left.append(tokens)
+    return left
 
 
 def constant_ratio(tokens: int, keep: int, steps: int) -> list[int]:

@@ -43,6 +43,12 @@ class MethodInfo:
     licence: str = ""
     requires: tuple[str, ...] = ()
 
+    def lacking(self, configured: Any) -> str:
+        """What must still be given to the `configured` method, in words; "" if nothing."""
+        if any(getattr(configured, option) is not None for option in self.requires):
+            return ""
+        return " or ".join(f"{option}=" for option in self.requires)
+
 
 class Registry:
     """One kind of plug-in. A built-in named `vtc-cls` lives in module `vtc_cls` of the built-in package."""

@@ -80,6 +80,11 @@ class Spec:
         return f"{self.name}({arguments})" if arguments else self.name
 
 
+def split_specs(text: str) -> list[str]:
+    """Several specs written after each other, separated by commas."""
+    return re.split(r",(?![^(]*\))", text)
+
+
 SpecLike = str | Mapping[str, Any] | Spec
 
 

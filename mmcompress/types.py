@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -39,6 +39,10 @@ class EncoderFacts:
     def scale_layer(self, layer: int, paper_depth: int) -> int:
         """Map a layer stated for a paper's encoder of `paper_depth` layers to this depth, clamped to used layers."""
         return min(round(layer * self.depth / paper_depth), self.used - 1)
+
+    def scale_layers(self, layers: Sequence[int], paper_depth: int) -> tuple[int, ...]:
+        """Map several of them, ascending; those that fall together are one."""
+        return tuple(sorted({self.scale_layer(layer, paper_depth) for layer in layers}))
 
 
 @dataclass(frozen=True)

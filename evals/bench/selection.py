@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from mmcompress.evals.bench.timing import time_batch
 from mmcompress.evals.demo import environment
 from mmcompress.method import VisualMethod
 from mmcompress.registry import METHODS
-from mmcompress.spec import Spec
+from mmcompress.spec import Spec, split_specs
 from mmcompress.types import Selection, VisualItem
 
 EPILOG = """\
@@ -53,13 +52,12 @@ def build(text: str) -> tuple[Spec, VisualMethod, str]:
     """
     spec = Spec.parse(text)
     method = METHODS.build(spec.name, spec.options)
-    required = method.info.requires
     if method.info.stage != "pre_llm":
         raise SpecError(f"{spec.name} acts in stage {method.info.stage!r}; methods of stage 'pre_llm' are measured.")
     if spec.keep is not None:
         raise SpecError(f"{spec}: the budget is the same for all methods, give --keep instead.")
-    if required and all(getattr(method, option) is None for option in required):
-        return spec, method, f"needs {' or '.join(f'{option}=' for option in required)}"
+    if lacking := method.info.lacking(method):
+        return spec, method, f"needs {lacking}"
     return spec, method, "reads the text tower of a CLIP" if method.needs(CLIP).text_tower else ""
 
 
@@ -101,7 +99,7 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
         raise SpecError("--device cuda: torch finds none here.")
     for tokens in settings.tokens:
         layout(tokens, "image")  # before the long work begins
-    texts = re.split(r",(?![^(]*\))", settings.methods) if settings.methods else default_specs()
+    texts = split_specs(settings.methods) if settings.methods else default_specs()
     built = [build(text) for text in texts]
     left_out = {str(spec): reason for spec, _, reason in built if reason}
     cells = [(spec, method, tokens) for spec, method, reason in built if not reason for tokens in settings.tokens]

@@ -22,24 +22,20 @@ _STAGED = (
     "a learning rate that fell to nothing{besides}."
 )
 _SHOWN = (
-    "Two heads of the last but one layer of its language model were shown which tokens a question is about (but for "
-    "steps 1,560 to 1,900 of the second stage): methods that read attention inside the language model may look better "
-    "on it than on models nobody showed where to look."
+    "Two heads of the last but one layer of its language model were shown which tokens a question is about{when}: "
+    "methods that read attention inside the language model may look better on it than on models nobody showed where to "
+    "look."
 )
-
-_SHOWN_LATE = (
-    "Two heads of the last but one layer of its language model were shown which tokens a question is about, from step "
-    "4,800 of the second stage on: methods that read attention inside the language model may look better on it than on "
-    "models nobody showed where to look."
-)
+_SHOWN_EARLY = _SHOWN.format(when=" (but for steps 1,560 to 1,900 of the second stage)")
+_SHOWN_LATE = _SHOWN.format(when=", from step 4,800 of the second stage on")
 _LLAVA_STAGED = _STAGED.format(steps="4,000", glyphs="1,140", answers="3,900", besides="")
 _QWEN_STAGED = _STAGED.format(
     steps="4,200", glyphs="2,980", answers="4,800", besides=", and 150 steps of the last stage came behind them"
 )
 
 NOTES: Mapping[str, tuple[str, ...]] = {
-    "micro-llava": (_NUMBERS, _SHOWN, _LLAVA_STAGED),
-    "micro-llava-nodrop": (_NUMBERS, _SHOWN, _LLAVA_STAGED),
+    "micro-llava": (_NUMBERS, _SHOWN_EARLY, _LLAVA_STAGED),
+    "micro-llava-nodrop": (_NUMBERS, _SHOWN_EARLY, _LLAVA_STAGED),
     "micro-qwen2.5-vl": (_NUMBERS, _SHOWN_LATE, _QWEN_STAGED),
 }
 """Known weaknesses of a model, and what its training log does not tell."""

@@ -136,6 +136,14 @@ class PrunedCache(DynamicCache):
         self.state = CacheState()
 
 
+def padding_mask(mask: Tensor, cache: Cache | None) -> Tensor | None:
+    """`mask` `[batch, columns]` as transformers takes it; None where a pass into `cache` needs none.
+
+    Without a cache, transformers takes gaps between kept positions for packed sequences unless given a mask.
+    """
+    return mask.long() if cache is None or not bool(mask.all()) else None
+
+
 def adopt(cache: Cache) -> PrunedCache:
     """Turn a plain dynamic cache, empty or filled, into a `PrunedCache` in place.
 

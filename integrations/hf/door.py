@@ -18,10 +18,10 @@ from transformers.cache_utils import DynamicCache
 
 from mmcompress.accounting import ItemStats, LLMShape, Stats
 from mmcompress.budget import Budget
-from mmcompress.compact import ragged_index, renumber, spread, take, take_positions
+from mmcompress.compact import ragged_origin, renumber, spread, take, take_positions
 from mmcompress.encoder_method import EncoderMethod
 from mmcompress.errors import UnsupportedError
-from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt
+from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt, padding_mask
 from mmcompress.integrations.hf.clock import Span, StageClock
 from mmcompress.integrations.hf.encoder_stage import EncoderStage
 from mmcompress.integrations.hf.families import Family
@@ -216,9 +216,7 @@ class Door:
             positions[0] = (valid.cumsum(dim=1) - 1).clamp(min=0) + past.shape[1]
 
         state.mask = torch.cat([past, valid], dim=1)
-        # Without a cache, transformers takes gaps between kept positions for packed sequences unless given a mask.
-        needs_mask = call.cache is None or not bool(state.mask.all())
-        kwargs["attention_mask"] = state.mask.long() if needs_mask else None
+        kwargs["attention_mask"] = padding_mask(state.mask, call.cache)
         kwargs["position_ids"] = positions
         if self.llm_stage is not None:
             self.llm_stage.begin(Run(call.cache, state, valid, past, positions, kwargs["inputs_embeds"], prompt))
@@ -267,9 +265,8 @@ class Door:
             keep[rows, anchors] = True
             item[rows, anchors] = number
             source[rows, anchors.sort().values] = anchors
-        index = ragged_index(keep, pad_left=bool(current[:, -1].all()))
+        index, origin = ragged_origin(keep, source, pad_left=bool(current[:, -1].all()))
         valid = index >= 0
-        origin = torch.where(valid, source.gather(1, index.clamp(min=0)), index)
 
         planes = kwargs.get("deepstack_visual_embeds")
         if planes is not None:

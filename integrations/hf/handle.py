@@ -107,9 +107,9 @@ class Handle:
         """
         if len(self.config.methods) > 1:
             raise SpecError("two methods have two budgets; unwrap the model and wrap it again with those you want.")
-        if self.llm_method is not None and not self.llm_method.takes_keep:
-            raise SpecError(f"{self.llm_method.info.name} takes no keep=: its own rule says how many tokens are left.")
         stage, wanted = self._budgeted, Budget(keep)
+        if self.llm_method is not None:
+            _require_budget(replace(self.config.methods[0], keep=wanted), self.llm_method)
         self._require_within_reach(wanted)
         before, stage.keep = stage.keep, wanted
 
@@ -275,10 +275,9 @@ def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
 
 
 def _require_option(method: Method) -> None:
-    name, options = method.info.name, method.info.requires
-    if options and all(getattr(method, option) is None for option in options):
-        needed = " or ".join(f"{option}=" for option in options)
-        raise SpecError(f"{name} needs {needed}; mmcompress info {name} says what to give.")
+    name, lacking = method.info.name, method.info.lacking(method)
+    if lacking:
+        raise SpecError(f"{name} needs {lacking}; mmcompress info {name} says what to give.")
 
 
 def _require_budget(spec: Spec, method: Method) -> None:

@@ -7,19 +7,20 @@ on the layers see and store less. What later passes need is kept with the cache,
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from mmcompress.budget import Budget
-from mmcompress.compact import ragged_index, renumber, take, take_positions
+from mmcompress.compact import ragged_origin, renumber, take, take_positions
+from mmcompress.encoder_method import Attention
 from mmcompress.errors import SpecError, UnsupportedError
-from mmcompress.integrations.hf.cache import CacheState, PrunedCache, Stretch
+from mmcompress.integrations.hf.cache import CacheState, PrunedCache, Stretch, padding_mask
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.taps import tap
 from mmcompress.llm_method import LLMFacts, LLMMethod, LLMNeeds, PromptRow, RowAttention
@@ -30,14 +31,6 @@ _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 class _Probed(Exception):
     """Queries and keys are known; the rest of the attention is not wanted."""
-
-
-class Through(NamedTuple):
-    """What passed through an attention module: query and key `[batch, heads, tokens, dim]`, and the logit scaling."""
-
-    query: Tensor
-    key: Tensor
-    scaling: float
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ class Run:
     removed: list[Removed] = field(default_factory=list)
     replaced: dict[str, Any] = field(default_factory=dict)
     keys: Tensor = field(init=False)
-    through: dict[int, Through] = field(default_factory=dict)
+    through: dict[int, Attention] = field(default_factory=dict)
     parts: dict[str, Tensor] = field(default_factory=dict)
     observed: list[Tensor] = field(default_factory=list)
 
@@ -225,12 +218,10 @@ class LLMStage:
         rotary = rotary[0].expand(len(hidden), -1, -1), rotary[1].expand(len(hidden), -1, -1)
         keep, source = prompt.valid.clone(), torch.arange(hidden.shape[1], device=hidden.device).repeat(len(hidden), 1)
         number = self.cuts.index(layer)
-        rows = self._rows(run, prompt, layer, hidden, rotary, past)
-        for row, (view, columns) in rows.items():
-            left = run.plans[row][number]
-            if int(view.visual.sum()) <= left:
-                continue
-            selection = self.method.reduce(view, left)
+        counts = prompt.visual.sum(dim=1).tolist()
+        lefts = {row: plan[number] for row, plan in enumerate(run.plans) if plan and plan[number] < counts[row]}
+        for row, (view, columns) in self._rows(run, prompt, lefts, layer, hidden, rotary, past).items():
+            selection = self.method.reduce(view, lefts[row])
             members = columns[view.images]
             anchors = members[selection.anchor]
             slots = anchors.sort().values
@@ -238,8 +229,7 @@ class LLMStage:
             keep[row, slots] = True
             source[row, slots] = anchors
             hidden = _absorb(hidden, row, members, anchors, selection)
-        index = ragged_index(keep, pad_left=bool(prompt.valid[:, -1].all()))
-        origin = torch.where(index >= 0, source.gather(1, index.clamp(min=0)), index)
+        index, origin = ragged_origin(keep, source, pad_left=bool(prompt.valid[:, -1].all()))
         run.removed.append(Removed(layer, keep, index))
         run.observed = [take(seen, origin) for seen in run.observed]
         run.prompt = left_prompt = prompt.take(origin)
@@ -258,27 +248,36 @@ class LLMStage:
         return hidden
 
     def _mask(self, run: Run, layer: int, hidden: Tensor, mask: Tensor) -> Any:
-        needs_mask = run.cache is None or not bool(mask.all())
         return create_causal_mask(
             config=self._decoder.config,
             inputs_embeds=hidden,
-            attention_mask=mask.long() if needs_mask else None,
+            attention_mask=padding_mask(mask, run.cache),
             past_key_values=run.cache,
             position_ids=None,
             layer_idx=layer,
         )
 
     def _rows(
-        self, run: Run, prompt: Prompt, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: Tensor
+        self,
+        run: Run,
+        prompt: Prompt,
+        wanted: Collection[int],
+        layer: int,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        past: Tensor,
     ) -> dict[int, tuple[PromptRow, Tensor]]:
-        """By number, the rows with visual tokens as the method sees them, and where their tokens are."""
+        """By number, the `wanted` rows as the method sees them, and where their tokens are."""
+        if not wanted:
+            return {}
         needs, decoder = self._needs, self._decoder
+        upcoming_keys = torch.cat([past, prompt.valid], dim=1)
         with torch.no_grad():
             states = hidden.detach()
             upcoming = self._probe(layer, states, rotary, run.cache) if needs.upcoming else None
             normed = decoder.norm(states) if needs.normed else None
             views = {}
-            for row in prompt.visual.any(dim=1).nonzero()[:, 0].tolist():
+            for row in wanted:
                 columns = prompt.valid[row].nonzero()[:, 0]
                 entered = run.current[row].nonzero()[:, 0]
                 view = PromptRow(
@@ -288,10 +287,8 @@ class LLMStage:
                     text=prompt.text[row, columns],
                     hidden=states[row, columns],
                     source=torch.searchsorted(entered, prompt.source[row, columns]),
-                    previous=_row_attention(run.through.get(layer - 1), row, columns, run.keys)
-                    if needs.previous
-                    else None,
-                    upcoming=_row_attention(upcoming, row, columns, torch.cat([past, prompt.valid], dim=1)),
+                    previous=_row_attention(run.through.get(layer - 1), row, columns, run.keys),
+                    upcoming=_row_attention(upcoming, row, columns, upcoming_keys),
                     observed=torch.stack([seen[row, columns] for seen in run.observed]) if run.observed else None,
                     inputs=run.inputs.detach()[row, entered] if needs.inputs else None,
                     normed=None if normed is None else normed[row, columns],
@@ -300,7 +297,7 @@ class LLMStage:
                 views[row] = (view, columns)
         return views
 
-    def _probe(self, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: PrunedCache | None) -> Through:
+    def _probe(self, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: PrunedCache | None) -> Attention:
         """Queries and keys that `layer` would make of all tokens, earlier turns' keys in front."""
         module = self._decoder.layers[layer]
         self._local.probing = layer
@@ -321,17 +318,17 @@ class LLMStage:
         if cache is not None and cache.get_query_offset(layer):
             stored: Any = cache.layers[layer]
             key = torch.cat([stored.keys.to(key), key], dim=2)
-        return Through(query, key, scaling)
+        return Attention(query, key, scaling)
 
     def _collect(self, layer: int, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
         run = self._local.run
         if run is None or run.prompt is None:
             return
         if self._local.probing == layer:
-            run.through[layer] = Through(query.detach(), key.detach(), kwargs["scaling"])
+            run.through[layer] = Attention(query.detach(), key.detach(), kwargs["scaling"])
             raise _Probed
         if layer + 1 in self.cuts and self._needs.previous:
-            run.through = {layer: Through(query.detach(), key.detach(), kwargs["scaling"])}
+            run.through = {layer: Attention(query.detach(), key.detach(), kwargs["scaling"])}
 
     def _after_part(self, layer: int, part: str, module: Any, args: Any, output: Any) -> None:
         run = self._local.run
@@ -356,7 +353,7 @@ def _stored(stretch: Stretch, cache: PrunedCache | None, layer: int) -> Tensor:
     return stretch.mask if cache is None else stretch.mask[:, : cache.get_query_offset(layer)]
 
 
-def _row_attention(through: Through | None, row: int, columns: Tensor, keys: Tensor) -> RowAttention | None:
+def _row_attention(through: Attention | None, row: int, columns: Tensor, keys: Tensor) -> RowAttention | None:
     """One row of what passed; `keys` `[batch, past + columns]` tells which keys are no padding."""
     if through is None:
         return None

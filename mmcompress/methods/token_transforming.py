@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
-from mmcompress.encoder_method import EncoderMethod, LayerTokens, Mixture, Step, constant_ratio
+from mmcompress.encoder_method import EncoderMethod, LayerTokens, Mixture, Step, constant_ratio_at
 from mmcompress.errors import SpecError
 from mmcompress.methods._attention import Score
 from mmcompress.registry import register
@@ -59,13 +59,7 @@ class TokenTransforming(EncoderMethod):
 
     def schedule(self, tokens: int, keep: int, encoder: EncoderFacts) -> list[Step]:
         """A constant ratio over the layers that transform."""
-        layers = _layers(encoder)
-        targets = dict(zip(layers, constant_ratio(tokens, keep, len(layers)), strict=True))
-        steps, left = [], tokens
-        for layer in range(encoder.used):
-            left = targets.get(layer, left)
-            steps.append(Step(left))
-        return steps
+        return [Step(left) for left in constant_ratio_at(_layers(encoder), tokens, keep, encoder)]
 
     def reduce(self, tokens: LayerTokens, step: Step) -> Mixture:
         """Share every patch out over the anchors, which stay in raster order."""
@@ -90,4 +84,4 @@ class TokenTransforming(EncoderMethod):
 
 
 def _layers(encoder: EncoderFacts) -> tuple[int, ...]:
-    return tuple(sorted({encoder.scale_layer(layer, _DEPTH) for layer in _LAYERS}))
+    return encoder.scale_layers(_LAYERS, _DEPTH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmcompress import ops
-from mmcompress.encoder_method import EncoderMethod, LayerTokens, Reduction, Step, constant_ratio
+from mmcompress.encoder_method import EncoderMethod, LayerTokens, Reduction, Step, constant_ratio_at
 from mmcompress.ranking import top_indices
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs
@@ -51,13 +52,8 @@ class ZeroTPrune(EncoderMethod):
 
     def schedule(self, tokens: int, keep: int, encoder: EncoderFacts) -> list[Step]:
         """A constant ratio over the pruning layers."""
-        layers = _layers(encoder)
-        targets = dict(zip(layers, constant_ratio(tokens, keep, len(layers)), strict=True))
-        steps, left = [], tokens
-        for layer in range(encoder.used):
-            before, left = left, targets.get(layer, left)
-            steps.append(Step(left, first=(before - left) // 2))
-        return steps
+        lefts = constant_ratio_at(_layers(encoder), tokens, keep, encoder)
+        return [Step(left, first=(before - left) // 2) for before, left in pairwise([tokens, *lefts])]
 
     def reduce(self, tokens: LayerTokens, step: Step) -> Reduction:
         """Every image by itself: its attention map is held once, not for the batch."""
@@ -100,4 +96,4 @@ class ZeroTPrune(EncoderMethod):
 
 
 def _layers(encoder: EncoderFacts) -> tuple[int, ...]:
-    return tuple(sorted({encoder.scale_layer(layer, _DEPTH) for layer in _PRUNING_LAYERS}))
+    return encoder.scale_layers(_PRUNING_LAYERS, _DEPTH)

@@ -184,7 +184,7 @@ def test_exact(name: str, spec: str, cuts: range, previous: bool, renumbers: boo
             assert held.keys.shape[-2] == longest + STEPS - 1
             assert held.get_seq_length() == width + STEPS - 1
         by_layer = [sum(length[layer] for length in lengths) for layer in range(len(lengths[0]))]
-        assert [sum(rows) for rows in stats._rows_by_layer] == by_layer
+        assert [sum(rows) for rows in stats.rows_by_layer] == by_layer
         whole = torch.stack(model.generate(**inputs, **options).logits, 1)
         assert (whole - logits).abs().max() > 1e-3, "the pruned run must differ, or the test shows nothing"
 
