@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import pytest
@@ -15,9 +16,12 @@ from transformers import PreTrainedModel
 
 import mmcompress
 from mmcompress.errors import SpecError, UnsupportedError
+from mmcompress.integrations.hf.families import FAMILIES as FAMILY_ADAPTERS
+from mmcompress.integrations.hf.llm_stage import LLMStage, llm_facts
 from mmcompress.llm_method import LLMFacts, LLMMethod, LLMNeeds, PromptRow
 from mmcompress.ranking import top_indices
 from mmcompress.registry import METHODS, register
+from mmcompress.spec import Spec
 from mmcompress.types import Positions, Selection
 
 STEPS, KEEP, TOLERANCE = 5, 0.4, 1e-5
@@ -79,31 +83,56 @@ def last_row(layer: typing.Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -
     return (query[0, :, -1:] @ key[0].transpose(-1, -2) * attention.head_dim**-0.5).softmax(-1)[:, 0].mean(0)
 
 
+@dataclass(frozen=True)
+class Depth:
+    """One row of a prompt on its way through the layers, nothing padded, what was generated behind it.
+
+    Args:
+        row: its number.
+        layer: the layer about to run.
+        hidden: `[1, tokens, width]` what enters it.
+        entered: `[1, tokens, width]` what entered the layer before.
+        rotary: cosines and sines of both.
+        visual: `[visual]` where the tokens are that may go.
+    """
+
+    row: int
+    layer: int
+    hidden: Tensor
+    entered: Tensor
+    rotary: tuple[Tensor, Tensor]
+    visual: Tensor
+
+
+Choose = Callable[[Depth], Selection | None]
+"""What stays of a row's visual tokens before a layer; None where all do."""
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """Greedy decoding: tokens, logits `[rows, steps, vocabulary]`, and per row the prompt's length in every layer."""
+
+    tokens: list[list[int]]
+    logits: Tensor
+    lengths: list[list[int]]
+
+
 @torch.no_grad()
 def recompute(
-    model: PreTrainedModel,
-    name: str,
-    inputs: dict,
-    cuts: range,
-    previous: bool,
-    renumbers: bool,
-) -> tuple[list[list[int]], Tensor, list[list[int]]]:
-    """Tokens, logits `[rows, steps, vocabulary]`, and per row the prompt's length in every layer."""
+    model: PreTrainedModel, name: str, inputs: dict, cuts: Container[int], choose: Choose, renumbers: bool
+) -> Recomputed:
     decoder: typing.Any = model.base_model.get_decoder()
     items = reference_items(model, name, inputs)
     tokens, logits, lengths = [], [], []
     for number, prompt in enumerate(_prompt(model, name, inputs)):
         valid = inputs["attention_mask"][number].bool()
         candidate = torch.zeros_like(valid)
-        sizes = []
         for item in items:
             if item.row == number:
                 candidate[item.positions] = True
-                sizes.append(len(item.positions))
-        candidate = candidate[valid]
-        away = sum(sizes) - sum(int(KEEP * size + 1e-9) for size in sizes)
-        lefts = {layer: sum(sizes) - away * (n + 1) // len(cuts) for n, layer in enumerate(cuts)} if sizes else {}
-        kept: dict[int, Tensor] = {}
+        said = int(valid.sum())
+        candidate = torch.cat([candidate[valid], torch.zeros(STEPS, dtype=torch.bool)])
+        kept: dict[int, Selection | None] = {}
         chosen: list[int] = []
         steps = []
         for _ in range(STEPS):
@@ -116,26 +145,23 @@ def recompute(
             rotary = decoder.rotary_emb(hidden, ids[..., None, :])
             length = []
             for layer, block in enumerate(decoder.layers):
-                if layer in lefts:
+                if layer in cuts:
+                    visual = candidate[at].nonzero()[:, 0]
                     if layer not in kept:
-                        reader = decoder.layers[layer - 1] if previous else block
-                        scores = last_row(reader, entered if previous else hidden, rotary)
-                        visual = candidate[at].nonzero()[:, 0]
-                        best = visual[scores[visual].argsort(descending=True)[: lefts[layer]]]
-                        stays = ~candidate[at]
-                        stays[best] = True
-                        kept[layer] = at[stays]
-                    places = torch.cat([kept[layer], at[at >= int(valid.sum())]])
-                    here = torch.isin(at, places)
-                    hidden, at = hidden[:, here], at[here]
-                    now = torch.arange(len(at)) if renumbers else ids[..., at]
-                    rotary = decoder.rotary_emb(hidden, now[..., None, :])
-                length.append(int((at < int(valid.sum())).sum()))
+                        depth = Depth(number, layer, hidden, entered, rotary, visual)
+                        kept[layer] = choose(depth) if len(visual) else None
+                    selection = kept[layer]
+                    if selection is not None:
+                        hidden, order = reduced(hidden, visual, selection)
+                        at = at[order]
+                        now = torch.arange(len(at)) if renumbers else ids[..., at]
+                        rotary = decoder.rotary_emb(hidden, now[..., None, :])
+                length.append(int((at < said).sum()))
                 mask = torch.full((len(at), len(at)), -torch.inf).triu(1)[None, None]
                 entered = hidden
                 hidden = block(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
                 if prompt.deepstack is not None and layer < len(prompt.deepstack):
-                    hidden[0, : int(valid.sum())] += prompt.deepstack[layer][valid]
+                    hidden[0, :said] += prompt.deepstack[layer][valid]
             out = model.get_output_embeddings()(decoder.norm(hidden[0, -1]))
             steps.append(out)
             forbidden = out.clone()
@@ -144,7 +170,94 @@ def recompute(
         tokens.append(chosen)
         logits.append(torch.stack(steps))
         lengths.append(length)
-    return tokens, torch.stack(logits), lengths
+    return Recomputed(tokens, torch.stack(logits), lengths)
+
+
+def reduced(hidden: Tensor, visual: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    """What is left of `hidden` `[1, tokens, width]`, and the tokens it stems from `[left]`."""
+    sources = visual[selection.anchor].tolist()
+    gone = set(visual.tolist())
+    order, outputs = [], []
+    for token in range(hidden.shape[1]):
+        if token not in gone:
+            order.append(token)
+            outputs.append(hidden[0, token])
+        elif token in sources:
+            place = sum(source < token for source in sources)  # outputs fill the places of what they stem from
+            order.append(sources[place])
+            if selection.weight is None:
+                outputs.append(hidden[0, sources[place]])
+            else:
+                outputs.append((selection.weight[place][:, None] * hidden[0, visual]).sum(0))
+    return torch.stack(outputs)[None], torch.tensor(order)
+
+
+def by_last_token(model: PreTrainedModel, name: str, inputs: dict, cuts: range, previous: bool) -> Choose:
+    """FastV's rule, and that of `Progressive`, computed anew."""
+    decoder: typing.Any = model.base_model.get_decoder()
+    sizes: dict[int, list[int]] = {}
+    for item in reference_items(model, name, inputs):
+        sizes.setdefault(item.row, []).append(len(item.positions))
+
+    def choose(depth: Depth) -> Selection:
+        total = sum(sizes[depth.row])
+        away = total - sum(int(KEEP * size + 1e-9) for size in sizes[depth.row])
+        left = total - away * (cuts.index(depth.layer) + 1) // len(cuts)
+        reader = decoder.layers[depth.layer - 1] if previous else decoder.layers[depth.layer]
+        scores = last_row(reader, depth.entered if previous else depth.hidden, depth.rotary)[depth.visual]
+        return Selection(scores.argsort(descending=True)[:left].sort().values)
+
+    return choose
+
+
+class Recording:
+    """Writes down what a method chooses for every row at every layer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.choices: dict[tuple[int, int], Selection] = {}
+        numbers: dict[int, int] = {}
+        rows, reduce = LLMStage._rows, LLMMethod.reduce
+
+        def numbered(stage: LLMStage, *args: typing.Any, **kwargs: typing.Any) -> typing.Any:
+            views = rows(stage, *args, **kwargs)
+            numbers.clear()
+            numbers.update({id(view): number for number, (view, _) in views.items()})
+            return views
+
+        def noted(method: LLMMethod, row: PromptRow, left: int) -> Selection:
+            choice = reduce(method, row, left)
+            self.choices[numbers[id(row)], row.layer] = choice
+            return choice
+
+        monkeypatch.setattr(LLMStage, "_rows", numbered)
+        monkeypatch.setattr(LLMMethod, "reduce", noted)
+
+    def choose(self, depth: Depth) -> Selection | None:
+        return self.choices.get((depth.row, depth.layer))
+
+
+def wrapped(model: PreTrainedModel, spec: Spec | str) -> mmcompress.Handle:
+    spec = Spec.parse(spec)
+    method: typing.Any = METHODS.build(spec.name, spec.options)
+    return mmcompress.wrap(model, spec, keep=KEEP if method.takes_keep else None)
+
+
+def generate(model: PreTrainedModel, inputs: dict, **options: typing.Any) -> typing.Any:
+    options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, **options}
+    return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+
+
+def assert_exact(output: typing.Any, stats: typing.Any, expected: Recomputed, width: int, whole: typing.Any) -> None:
+    assert output.sequences[:, -STEPS:].tolist() == expected.tokens
+    torch.testing.assert_close(torch.stack(output.logits, 1), expected.logits, atol=TOLERANCE, rtol=0)
+    for layer, held in enumerate(output.past_key_values.layers):
+        longest = max(length[layer] for length in expected.lengths)
+        assert held.keys.shape[-2] == longest + STEPS - 1
+        assert held.get_seq_length() == width + STEPS - 1
+    by_layer = [sum(length[layer] for length in expected.lengths) for layer in range(len(expected.lengths[0]))]
+    assert [sum(rows) for rows in stats.rows_by_layer] == by_layer
+    differs = (torch.stack(whole.logits, 1) - expected.logits).abs().max() > 1e-3
+    assert differs, "the pruned run must differ, or the test shows nothing"
 
 
 CUTS = {
@@ -170,29 +283,62 @@ def test_exact(name: str, spec: str, cuts: range, previous: bool, renumbers: boo
     model = family.build(attention)
     for kind in family.kinds:
         inputs = family.inputs(model, kind)
-        tokens, logits, lengths = recompute(model, name, inputs, cuts, previous, renumbers)
-        options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
-        options |= {"return_dict_in_generate": True, "output_logits": True}
-        with mmcompress.wrap(model, spec, keep=KEEP) as handle:
-            output = model.generate(**inputs, **options)
+        expected = recompute(model, name, inputs, cuts, by_last_token(model, name, inputs, cuts, previous), renumbers)
+        with wrapped(model, spec) as handle:
+            output = generate(model, inputs)
             stats = handle.stats
-        assert output.sequences[:, -STEPS:].tolist() == tokens
-        torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=TOLERANCE, rtol=0)
-        width = inputs["input_ids"].shape[1]
-        for layer, held in enumerate(output.past_key_values.layers):
-            longest = max(length[layer] for length in lengths)
-            assert held.keys.shape[-2] == longest + STEPS - 1
-            assert held.get_seq_length() == width + STEPS - 1
-        by_layer = [sum(length[layer] for length in lengths) for layer in range(len(lengths[0]))]
-        assert [sum(rows) for rows in stats.rows_by_layer] == by_layer
-        whole = torch.stack(model.generate(**inputs, **options).logits, 1)
-        assert (whole - logits).abs().max() > 1e-3, "the pruned run must differ, or the test shows nothing"
+        assert_exact(output, stats, expected, inputs["input_ids"].shape[1], generate(model, inputs))
 
 
-def test_every_method_is_recomputed_here() -> None:
-    assert {spec.partition("(")[0] for spec in CUTS} == {str(spec) for spec in variants("in_llm")} | {
-        "test-progressive"
-    }
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("spec", variants("in_llm"), ids=str)
+def test_every_method_on_every_family(name: str, spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generation equals a recomputation, without cache or padding, of what the method chose to keep."""
+    family = FAMILIES[name]
+    model = family.build("sdpa")
+    if name in DEEPSTACK_LEVELS:
+        method: typing.Any = METHODS.build(spec.name, spec.options)
+        if method.layers(llm_facts(FAMILY_ADAPTERS[name](model.base_model)))[0] < DEEPSTACK_LEVELS[name]:
+            with pytest.raises(UnsupportedError, match="DeepStack"):
+                wrapped(model, spec)
+            return
+    for kind in family.kinds:
+        inputs = family.inputs(model, kind)
+        with monkeypatch.context() as patching, wrapped(model, spec) as handle:
+            recording = Recording(patching)
+            output = generate(model, inputs)
+            stats, renumbers = handle.stats, handle.llm_method.positions == "renumber" and name not in MROPE
+        cuts = {layer for _, layer in recording.choices}
+        assert cuts
+        expected = recompute(model, name, inputs, cuts, recording.choose, renumbers)
+        assert_exact(output, stats, expected, inputs["input_ids"].shape[1], generate(model, inputs))
+
+
+@pytest.mark.parametrize("spec", variants("in_llm"), ids=str)
+def test_choices_do_not_depend_on_the_batch(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["llava"]
+    model = family.build("sdpa")
+    inputs = family.inputs(model, "images")
+    patches = int((inputs["input_ids"] == model.config.image_token_id).sum()) // len(inputs["pixel_values"])
+    counts = (inputs["input_ids"] == model.config.image_token_id).sum(1) // patches
+    assert counts.max() > 1
+    with wrapped(model, spec):
+        with monkeypatch.context() as patching:
+            together = Recording(patching)
+            answers = generate(model, inputs).sequences[:, -STEPS:]
+        for row, images in enumerate(inputs["pixel_values"].split(counts.tolist())):
+            valid = inputs["attention_mask"][row].bool()
+            single = {"input_ids": inputs["input_ids"][row : row + 1, valid]}
+            single["attention_mask"] = torch.ones_like(single["input_ids"])
+            if len(images):
+                single["pixel_values"] = images
+            with monkeypatch.context() as patching:
+                alone = Recording(patching)
+                answer = generate(model, single).sequences[0, -STEPS:]
+            assert answer.tolist() == answers[row].tolist()
+            assert bool(alone.choices) == bool(len(images))
+            for (_, layer), choice in alone.choices.items():
+                assert choice.anchor.tolist() == together.choices[row, layer].anchor.tolist()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
