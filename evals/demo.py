@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +10,19 @@ import torch
 import transformers
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import mmcompress
-from mmcompress.evals import report
+from mmcompress.evals import comparison
 from mmcompress.evals.micro import DEFAULT_MODEL, MICROVQA_PATH, Question, load_microvqa, model_path
 from mmcompress.evals.micro.notes import UNLEARNT
 from mmcompress.evals.micro.processing import load_processor
 from mmcompress.evals.overlay import original, overlay, side_by_side
-from mmcompress.evals.runner import Result, Run, evaluate, open_image, prompt
-from mmcompress.evals.statistics import clustered_mean
+from mmcompress.evals.runner import Result, Run, open_image, prompt
 
 METHODS = ("random", "uniform", "pool", "vtc-cls", "todre")
 METHODS_WITHOUT_CLS = ("random", "uniform", "pool", "vtc-cls(score=received)", "todre")
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 PICTURED_KEEP = 0.1
-BATCH_SIZE = 64
 
 
 def load_micro(name: str = DEFAULT_MODEL) -> tuple[Any, Any]:
@@ -78,29 +71,11 @@ def demo(
     torch.set_num_threads(threads)
     model, processor = load_micro(name)
     runs = choose_runs(model)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("answering", total=len(questions) * len(runs))
-        results = evaluate(
-            model,
-            processor,
-            questions,
-            MICROVQA_PATH,
-            runs,
-            batch_size=BATCH_SIZE,
-            progress=lambda answered: progress.advance(task, answered),
-        )
-    console.print(report.table(results, questions), width=report.WIDTH, crop=False, no_wrap=True, overflow="ignore")
-
-    facts = environment()
-    written = {name: out / name for name in ("table.md", "results.json", "overlay.png")}
-    measured = ", ".join(f"{name} {value}" for name, value in facts.items())
-    written["table.md"].write_text(f"{report.markdown(results, questions)}- {measured}\n", encoding="utf-8")
-    record = {"environment": facts, "batch_size": BATCH_SIZE, **as_record(results, questions)}
-    written["results.json"].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    picture(model, processor, questions, results).save(written["overlay.png"])
-    for path in written.values():
-        console.print(f"wrote {path}", highlight=False)
+    results = comparison.measure(model, processor, questions, MICROVQA_PATH, runs, console)
+    comparison.write(out, results, questions, {}, console)
+    drawn = out / "overlay.png"
+    picture(model, processor, questions, results).save(drawn)
+    console.print(f"wrote {drawn}", highlight=False)
 
 
 def picture(model: Any, processor: Any, questions: Sequence[Question], results: Sequence[Result]) -> Image.Image:
@@ -120,46 +95,6 @@ def picture(model: Any, processor: Any, questions: Sequence[Question], results: 
                 (trace,) = handle.trace
             panels.append(overlay(image, trace.grids, trace.selection, result.method, answer))
     return side_by_side(panels, columns=3, title=f"{asked.question}  right answer: {asked.answer}")
-
-
-def as_record(results: Sequence[Result], questions: Sequence[Question]) -> dict[str, Any]:
-    """Questions once, and per run its numbers and the answer to every question, in the same order."""
-    images = [asked.image for asked in questions]
-    runs = []
-    for result in results:
-        accuracy = clustered_mean(report.scores(result), images)
-        runs.append(
-            {
-                "method": result.method,
-                "keep": result.keep,
-                "accuracy": accuracy.value,
-                "standard_error": accuracy.error,
-                "cost": asdict(result.cost),
-                "answers": [answer.text for answer in result.answers],
-            }
-        )
-    return {"questions": [asdict(asked) for asked in questions], "runs": runs}
-
-
-def environment() -> dict[str, Any]:
-    """Where and with what the numbers were made."""
-    return {
-        "mmcompress": mmcompress.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "command": " ".join(["mmcompress", *sys.argv[1:]]),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _telling_question(questions: Sequence[Question], results: Sequence[Result]) -> int:

@@ -32,11 +32,15 @@ COLUMNS = (
 """Heading and unit of every column."""
 
 WIDTH = 110
-"""Characters the table is wide."""
+"""Characters the table is wide, unless names of methods are longer than `_NAME`."""
+
+_NAME = 24
 
 NOTES = (
     "accuracy: exact match in %, 95 % interval clustered by image; vs random: points above random tokens at the same "
     "keep on the same questions, clustered standard error; retained: share of the unpruned accuracy.",
+    "keep: visual tokens per LLM layer on average, as a share, or -- where a method's own rule decides; methods joined "
+    "by + share the work.",
     "random keeps one fixed subset for all images; the errors do not contain the luck of that subset.",
     "tokens: visual tokens that enter the LLM, and their mean over its layers; GFLOP, kB and ms are per question. "
     "Times are medians over batches on this machine, none saved by reusing encoded images.",
@@ -52,9 +56,10 @@ def rows(results: Sequence[Result], questions: Sequence[Question]) -> list[list[
 
 
 def table(results: Sequence[Result], questions: Sequence[Question]) -> Table:
-    """The rows as a table `WIDTH` wide, budgets apart."""
-    notes = "\n".join(textwrap.fill(note, WIDTH) for note in NOTES)
-    drawn = Table(box=SIMPLE, padding=0, width=WIDTH, caption=notes, caption_justify="left", caption_style="dim")
+    """The rows as a table, budgets apart."""
+    width = WIDTH + max(0, max(len(result.method or "") for result in results) - _NAME)
+    notes = "\n".join(textwrap.fill(note, width) for note in NOTES)
+    drawn = Table(box=SIMPLE, padding=0, width=width, caption=notes, caption_justify="left", caption_style="dim")
     for number, (heading, unit) in enumerate(COLUMNS):
         drawn.add_column(f"{heading}\n{unit}", justify="right" if number else "left", no_wrap=True)
     numbered = zip(results, rows(results, questions), strict=True)
@@ -78,6 +83,13 @@ def scores(result: Result) -> list[float]:
     return [float(answer.correct) for answer in result.answers]
 
 
+def budget(keep: int | float | None) -> str:
+    """The budget of a run, for people."""
+    if keep is None:
+        return "--"
+    return f"{100 * keep:g}%" if isinstance(keep, float) else str(keep)
+
+
 def _row(
     result: Result,
     questions: Sequence[Question],
@@ -91,7 +103,7 @@ def _row(
     invalid = sum(not answer.valid for answer in result.answers) / len(result.answers)
     return [
         result.method or "unpruned",
-        f"{100 * result.keep:g}%" if isinstance(result.keep, float) else str(result.keep),
+        budget(result.keep),
         f"{100 * accuracy.value:.1f} ±{100 * accuracy.margin:.1f}",
         "" if against is None else _points(against),
         f"{100 * invalid:.1f}",

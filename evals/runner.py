@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import prod
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image, ImageOps
 
 from mmcompress.accounting import StageSeconds, Stats
+from mmcompress.budget import Budget
 from mmcompress.errors import InputError, SpecError, unknown_name
 from mmcompress.evals import micro
 from mmcompress.evals.micro.vocabulary import COLOR_NAMES, DIGITS, LETTERS, OPTION_LETTERS, SHAPE_NAMES
 from mmcompress.integrations.hf import wrap
+from mmcompress.registry import METHODS
+from mmcompress.spec import CompressionConfig, Spec
 
-Run = tuple[str | None, int | float]
-"""A method spec without budget, and `keep`; the spec None stands for the unpruned model."""
+Run = tuple[str | None, int | float | None]
+"""Methods, and the budget that makes runs comparable: visual tokens per LLM layer, as a share or a count per item.
+
+Methods that share the work are joined by " + ", and all but the last have budgets of their own, as in
+"divprune(keep=0.5) + transprune". None for the methods stands for the unpruned model; None for the budget for
+methods whose own rule says how many tokens are left.
+"""
 
 Images = Path | Mapping[str, Image.Image]
 
@@ -108,7 +117,7 @@ class Result:
     """One run: an answer per question, in the order of the questions, and what they cost."""
 
     method: str | None
-    keep: int | float
+    keep: int | float | None
     answers: list[Answer]
     cost: Cost
 
@@ -148,22 +157,23 @@ def evaluate(
         raise SpecError("evaluate needs at least one question, and a batch_size of at least 1.")
     said: list[list[Answer]] = [[] for _ in runs]
     spent: list[list[Stats]] = [[] for _ in runs]
-    by_method: dict[str, dict[int, int | float]] = {}
-    for number, (method, keep) in enumerate(runs):
-        if method is None:
-            method, keep = UNPRUNED
-        by_method.setdefault(method, {})[number] = keep
+    configs = [configure(*run) for run in runs]
+    alike: dict[Any, list[int]] = {}
+    for number, config in enumerate(configs):
+        method = replace(config.methods[0], keep=None)
+        alike.setdefault(str(method) if len(config.methods) == 1 else number, []).append(number)
 
     for first, batch in enumerate(_batches(questions, batch_size)):
         inputs = _encode(processor, batch, images).to(model.device, model.dtype)
         generate = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False}
         if first == 0:
             model.generate(**generate)  # the first pass of a process is slow and would be booked on the first run
-        for method, keeps in by_method.items():
+        for numbers in alike.values():
             encoder = 0.0
-            with wrap(model, method, keep=1.0) as handle, handle.reuse_vision():
-                for number, keep in keeps.items():
-                    handle.set(keep=keep)
+            with wrap(model, configs[numbers[0]]) as handle, handle.reuse_vision():
+                for number in numbers:
+                    if number != numbers[0]:
+                        handle.set(**cast(Budget, configs[number].methods[0].keep).option)
                     generated = model.generate(**generate)[:, inputs["input_ids"].shape[1] :]
                     stats = handle.stats
                     assert stats is not None  # every prompt has an image
@@ -177,6 +187,25 @@ def evaluate(
         Result(method, keep, answers, Cost.of(stats))
         for (method, keep), answers, stats in zip(runs, said, spent, strict=True)
     ]
+
+
+def configure(methods: str | None, keep: int | float | None) -> CompressionConfig:
+    """What a run applies to the model.
+
+    Raises:
+        SpecError: a method or a budget is malformed.
+    """
+    if methods is None:
+        methods, keep = UNPRUNED
+    *before, last = (Spec.parse(part) for part in methods.split(" + "))
+    if keep is not None and any(spec.keep is None or not isinstance(spec.keep.keep, float) for spec in before):
+        raise SpecError(f"{methods}: methods before the last one need a keep= that is a fraction.")
+    if keep is not None:
+        card: Any = METHODS.get(last.name)
+        inside = card.info.stage == "in_llm"
+        entering = prod(spec.keep.keep for spec in before if spec.keep is not None)
+        last = replace(last, keep=Budget(keep / entering if before else keep, average=inside))
+    return CompressionConfig((*before, last))
 
 
 def open_image(path: Path) -> Image.Image:

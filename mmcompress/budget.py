@@ -17,24 +17,29 @@ _ROUNDING = 1e-9
 class Budget:
     """Tokens to keep per item: a float in (0, 1] is a fraction, an int >= 1 a count (so `1` is one token, `1.0` all).
 
+    Args:
+        keep: the fraction or the count.
+        average: whether that is the mean over all LLM layers, not what the last one has left.
+
     Raises:
         SpecError: the value is of another type, not finite, or out of range.
     """
 
     keep: int | float
+    average: bool = False
 
     def __post_init__(self) -> None:
-        value = self.keep
+        value, name = self.keep, "keep_avg" if self.average else "keep"
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise SpecError(f"keep must be a fraction in (0, 1] or a token count >= 1, got {value!r}.")
+            raise SpecError(f"{name} must be a fraction in (0, 1] or a token count >= 1, got {value!r}.")
         if isinstance(value, numbers.Integral):
             if value < 1:
-                raise SpecError(f"keep={value} is no token count: use an integer >= 1, or a fraction in (0, 1].")
+                raise SpecError(f"{name}={value} is no token count: use an integer >= 1, or a fraction in (0, 1].")
             object.__setattr__(self, "keep", int(value))
             return
         if not (math.isfinite(value) and 0.0 < value <= 1.0):
             raise SpecError(
-                f"keep={value} is out of range: a float is a fraction in (0, 1]; write an integer for a token count."
+                f"{name}={value} is out of range: a float is a fraction in (0, 1]; write an integer for a token count."
             )
         object.__setattr__(self, "keep", float(value))
 
@@ -50,6 +55,11 @@ class Budget:
         if isinstance(self.keep, int):
             return min(self.keep, available)
         return min(available, max(1, math.floor(self.keep * available + _ROUNDING)))
+
+    @property
+    def option(self) -> dict[str, int | float]:
+        """The budget as it is written."""
+        return {"keep_avg" if self.average else "keep": self.keep}
 
     def __str__(self) -> str:
         return repr(self.keep)

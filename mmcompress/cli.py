@@ -181,7 +181,7 @@ def info(
     for family, model in models():
         found = capability(model, spec)
         no = f"[red]no:[/] {escape(found.reason)}"
-        families.add_row(family, no if found.needs is None else _reads(found.needs))
+        families.add_row(family, no if found.needs is None else _reads(found.needs, found.llm_needs))
     console.print(families)
 
 
@@ -203,6 +203,54 @@ def demo(
     from mmcompress.evals.demo import demo as run_demo
 
     run_demo(out, limit, threads, Console(), model)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP, metavar="MODEL")] = DEFAULT_MODEL,
+    method: Annotated[str, typer.Option(help="Methods or specs, separated by commas, or 'all'.")] = "all",
+    keep: Annotated[
+        str, typer.Option(help="Visual tokens per LLM layer: fractions or counts, separated by commas.")
+    ] = "0.5,0.25,0.1,0.05",
+    out: Annotated[Path, typer.Option(help="Directory for the table and all answers.")] = Path("eval"),
+    limit: Annotated[int | None, typer.Option(help="Ask only the first N questions.", metavar="N")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; more only help on idle cores.", min=1)] = 1,
+) -> None:
+    """Compare methods at equal numbers of tokens per LLM layer on the embedded suite.
+
+    A budget counts alike wherever tokens are removed: before the LLM it is what stays, inside the LLM the mean over
+    its layers. Methods joined by + share the work: all but the last have a keep of their own. random and uniform are
+    always asked too, and what a model does not allow is left out with the reason.
+
+    Try:
+
+      mmcompress eval --method todre,vtc-cls --keep 0.25,0.1 --limit 100
+      mmcompress eval micro-llava --method "fastv(layer=1),divprune(keep=0.5) + transprune" --keep 0.4
+      mmcompress eval micro-qwen2.5-vl --out /tmp/all
+    """
+    from mmcompress.spec import split_specs
+
+    keeps = [typing.cast("int | float", _keep(part)) for part in keep.split(",")]
+    asked = [part.strip() for part in split_specs(method)]
+    loaded, processor = _load(model)
+
+    import torch
+
+    from mmcompress.evals import comparison
+    from mmcompress.evals.micro import MICROVQA_PATH, load_microvqa
+    from mmcompress.evals.micro.notes import UNLEARNT
+
+    torch.set_num_threads(threads)
+    questions = load_microvqa(limit, without=UNLEARNT.get(model, ()))
+    every, refused = comparison.every_method(loaded) if "all" in asked else ([], {})
+    wanted = list(dict.fromkeys([*comparison.BASELINES, *every, *(part for part in asked if part != "all")]))
+    chosen = comparison.plan(loaded, wanted, keeps)
+    if not every and chosen.left_out:
+        raise SpecError("; ".join(f"{what}: {reason}" for what, reason in chosen.left_out.items()))
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    results = comparison.measure(loaded, processor, questions, MICROVQA_PATH, chosen.runs, console)
+    comparison.write(out, results, questions, {**refused, **chosen.left_out}, console)
 
 
 @app.command()
@@ -415,13 +463,24 @@ def _prompt(model: Any, processor: Any, pictures: list[Image], question: str) ->
     return inputs.to(model.device, model.dtype)
 
 
-def _reads(needs: Any) -> str:
+def _reads(needs: Any, llm_needs: Any) -> str:
     """What a method reads of a model, in words."""
-    reads = [
-        f"{name} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-        for name, layers in needs.layers().items()
-    ]
+
+    def layered(name: str, layers: typing.Sequence[int]) -> str:
+        return f"{name} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+    reads = [layered(name, layers) for name, layers in needs.layers().items()]
     reads += [name for name in ("features", "text", "text_tower", "embeddings") if getattr(needs, name)]
+    if llm_needs is not None:
+        inside = {
+            "queries and keys of the layer before": llm_needs.previous,
+            "queries and keys of the layer to come": llm_needs.upcoming,
+            "input embeddings": llm_needs.inputs,
+            "normed states": llm_needs.normed,
+            "rotary embeddings": llm_needs.rotary,
+        }
+        reads += [f"LLM {name}" for name, read in inside.items() if read]
+        reads += [layered("LLM transitions", llm_needs.transitions)] if llm_needs.transitions else []
     return "; ".join(reads) or "nothing"
 
 
@@ -452,7 +511,7 @@ def _versions(problems: list[str]) -> Table:
 def _devices() -> str:
     import torch
 
-    from mmcompress.evals.demo import cpu_name
+    from mmcompress.evals.environment import cpu_name
 
     found = [f"{cpu_name()}, {torch.get_num_threads()} threads"]
     found += [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
@@ -482,7 +541,11 @@ def _self_test() -> str:
     needed = {name: METHODS.get(name).info.requires for name in METHODS.names()}  # type: ignore[attr-defined]
     names = [name for name, options in needed.items() if name not in METHODS.plugins() and not options]
     model, processor = _load(DEFAULT_MODEL)
-    evaluate(model, processor, load_microvqa(1), MICROVQA_PATH, [(name, 0.5) for name in names])
+
+    def budget(name: str) -> float | None:
+        return 0.7 if METHODS.get(name).info.takes_keep else None  # type: ignore[attr-defined]
+
+    evaluate(model, processor, load_microvqa(1), MICROVQA_PATH, [(name, budget(name)) for name in names])
     others = "".join(f"; {name} needs {' or '.join(options)}" for name, options in needed.items() if options)
     return f"{', '.join(names)}: each answered a question with the embedded model{others}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -15,6 +16,8 @@ from mmcompress.errors import SpecError
 from mmcompress.method import check_selection
 from mmcompress.registry import MethodInfo
 from mmcompress.types import Positions, Selection
+
+ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class RowAttention(NamedTuple):
         query = self.query[None, :, tokens]
         return ops.attention_rows(query, self.key[None], self.scaling, self.past + tokens)[0, :, :, self.past :]
 
+    def mean_row(self, tokens: Tensor) -> Tensor:
+        """`rows` averaged over heads and queries `[tokens]`; few exist at a time, however many are asked for."""
+        blocks = [self.rows(block).mean(dim=0).sum(dim=0) for block in tokens.split(ROWS_AT_ONCE)]
+        return torch.stack(blocks).sum(dim=0) / len(tokens)
+
 
 @dataclass(frozen=True)
 class PromptRow:
@@ -128,6 +136,11 @@ class PromptRow:
         return self.visual.nonzero()[:, 0]
 
     @property
+    def last(self) -> Tensor:
+        """Where the last token is `[1]`."""
+        return torch.tensor([len(self.visual) - 1], device=self.visual.device)
+
+    @property
     def question(self) -> Tensor:
         """Where the text behind the last visual token is, ascending; the last token where there is no such text."""
         after = self.text.clone()
@@ -144,11 +157,6 @@ class LLMMethod(ABC):
     """
 
     info: ClassVar[MethodInfo]
-
-    @property
-    def takes_keep(self) -> bool:
-        """Whether `keep` decides how many tokens are left; False where a fixed rule does."""
-        return True
 
     @property
     def exact_count(self) -> bool:
@@ -204,10 +212,30 @@ class LLMMethod(ABC):
         """
         lefts = self.schedule(tokens, keep, ratio, llm)
         counts = [tokens, *lefts]
-        within = counts == sorted(counts, reverse=True) and counts[-1] >= (1 if self.takes_keep else 0)
-        if len(lefts) != len(self.layers(llm)) or not within or (self.takes_keep and counts[-1] != keep):
+        within = counts == sorted(counts, reverse=True) and counts[-1] >= (1 if self.info.takes_keep else 0)
+        if len(lefts) != len(self.layers(llm)) or not within or (self.info.takes_keep and counts[-1] != keep):
             raise SpecError(f"method {self.info.name!r} planned {counts} visual tokens for a budget of {keep}.")
         return lefts
+
+    def plan_average(self, tokens: int, average: float, llm: LLMFacts) -> list[int]:
+        """The checked schedule that leaves most, but at most `average` tokens per layer; at least one in the last.
+
+        Raises:
+            SpecError: with one in the last layer there still are more, by a token or more.
+        """
+        starts, ends = (0, *self.layers(llm)), (*self.layers(llm), llm.layers)
+
+        def mean(keep: int) -> float:
+            counts = (tokens, *self.plan(tokens, keep, keep / tokens, llm))
+            return sum(n * (end - start) for n, start, end in zip(counts, starts, ends, strict=True)) / llm.layers
+
+        if mean(1) - 1 > average:
+            raise SpecError(
+                f"{self.info.name} cannot leave {average / tokens:.1%} of the visual tokens per layer on average: with "
+                f"its layers it is {mean(1) / tokens:.1%} at the least."
+            )
+        keep = max(1, bisect_right(range(1, tokens + 1), average, key=mean))
+        return self.plan(tokens, keep, keep / tokens, llm)
 
     def reduce(self, row: PromptRow, left: int) -> Selection:
         """The checked selection of a row that has more than `left` visual tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -12,6 +12,9 @@ from mmcompress.budget import Budget
 from mmcompress.errors import InputError, SpecError
 from mmcompress.registry import MethodInfo
 from mmcompress.types import EncoderFacts, Needs, Selection, Space, VisualItem
+
+if TYPE_CHECKING:
+    from mmcompress.llm_method import LLMMethod
 
 
 class VisualMethod(ABC):
@@ -37,6 +40,11 @@ class VisualMethod(ABC):
     def newlines(self) -> bool:
         """Whether an item's separators (newlines after rows, images or clips) stay; they are never candidates."""
         return True
+
+    @property
+    def second_part(self) -> LLMMethod | None:
+        """What the method goes on to do inside the LLM, by a rule that takes no budget; None if nothing."""
+        return None
 
     def needs(self, encoder: EncoderFacts) -> Needs:
         """The statistics to tap, with layers resolved for this encoder."""
@@ -88,5 +96,7 @@ def require_finite(item: VisualItem, needs: Needs) -> None:
     """Refuse an item with NaN or infinity among what `needs` reads."""
     read = [getattr(item, name)[layer] for name, layers in needs.layers().items() for layer in layers]
     read += [getattr(item, name) for name in ("embeddings", "features", "text") if getattr(needs, name)]
-    if not all(bool(torch.isfinite(value).all()) for value in read if value is not None):
+    # To ask every value takes ten times as long; the extremes of what contains NaN are NaN.
+    extremes = [torch.stack(value.aminmax()) for value in read if value is not None and value.numel()]
+    if not all(bool(pair.isfinite().all()) for pair in extremes):
         raise InputError(f"{item.label}: its visual features contain NaN or infinity, so tokens cannot be ranked.")

@@ -33,6 +33,7 @@ class MethodInfo:
         paper: source, for citation ("" for baselines).
         licence: licence of the authors' code ("" if there is none to speak of).
         requires: options one of which must be given because no default would do.
+        takes_keep: whether `keep` decides how many tokens are left; False where a rule of its own does.
     """
 
     name: str
@@ -42,6 +43,7 @@ class MethodInfo:
     paper: str = ""
     licence: str = ""
     requires: tuple[str, ...] = ()
+    takes_keep: bool = True
 
     def lacking(self, configured: Any) -> str:
         """What must still be given to the `configured` method, in words; "" if nothing."""
@@ -157,7 +159,7 @@ class Registry:
             if not _matches(value, known[option]):
                 allowed = _describe(known[option])
                 raise SpecError(f"{self.kind} {name!r}: option {option}={value!r} must be {allowed}.")
-        return cls(**options)
+        return cls(**{option: tuple(value) if isinstance(value, list) else value for option, value in options.items()})
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -166,6 +168,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, part) for part in typing.get_args(hint))
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(_matches(part, typing.get_args(hint)[0]) for part in value)
     if hint is type(None):
         return value is None
     if isinstance(value, bool):
@@ -181,6 +185,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(part) for part in typing.get_args(hint))
+    if origin is tuple:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
     return "None" if hint is type(None) else hint.__name__
 
 

@@ -16,11 +16,12 @@ from mmcompress.types import Positions
 
 FORMAT = "mmcompress-config"
 VERSION = 1
+BUDGETS = ("keep", "pruning_rate", "keep_avg")
 
 _SPEC = re.compile(r"\s*(?P<name>[A-Za-z0-9][\w-]*)\s*(?:\((?P<arguments>.*)\)\s*)?", re.DOTALL)
 _ARGUMENT = re.compile(
     r"""\s*(?P<key>[A-Za-z_]\w*)\s*=\s*
-    (?:(?P<double>"(?:[^"\\]|\\.)*")|'(?P<single>[^']*)'|(?P<bare>[^\s,()='"]+))
+    (?:(?P<double>"(?:[^"\\]|\\.)*")|'(?P<single>[^']*)'|\[(?P<list>[^][]*)\]|(?P<bare>[^][\s,()='"]+))
     \s*(?:,|$)""",
     re.VERBOSE,
 )
@@ -31,12 +32,17 @@ _WORDS = {"true": True, "True": True, "false": False, "False": False, "None": No
 class Spec:
     """A method or policy by name, with its budget and options.
 
-    Written `name`, `name(keep=0.2, option=value)` or `{"name": ..., "keep": ..., "option": ...}`.
+    Written `name`, `name(keep=0.2, option=value)` or `{"name": ..., "keep": ..., "option": ...}`; a value may be a list
+    of numbers, `[3, 5]`.
     """
 
     name: str
     keep: Budget | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in self.options.items()}
+        object.__setattr__(self, "options", options)
 
     @classmethod
     def parse(cls, value: str | Mapping[str, Any] | Spec) -> Spec:
@@ -65,17 +71,17 @@ class Spec:
         options = dict(entries)
         if len(options) != len(entries):
             raise SpecError(f"{name}: an option is given twice.")
-        budget = _budget(options.pop("keep", None), options.pop("pruning_rate", None))
+        budget = _budget(*(options.pop(key, None) for key in BUDGETS))
         return cls(name.lower().replace("_", "-"), budget, options)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-ready data that `parse` reads back."""
-        keep = {} if self.keep is None else {"keep": self.keep.keep}
-        return {"name": self.name, **keep, **self.options}
+        keep = {} if self.keep is None else self.keep.option
+        options = {key: list(value) if isinstance(value, tuple) else value for key, value in self.options.items()}
+        return {"name": self.name, **keep, **options}
 
     def __str__(self) -> str:
-        entries = {} if self.keep is None else {"keep": self.keep.keep}
-        entries.update(self.options)
+        entries = {**({} if self.keep is None else self.keep.option), **self.options}
         arguments = ", ".join(f"{key}={_literal(value)}" for key, value in entries.items())
         return f"{self.name}({arguments})" if arguments else self.name
 
@@ -111,6 +117,7 @@ class CompressionConfig:
         *,
         keep: int | float | None = None,
         pruning_rate: float | None = None,
+        keep_avg: int | float | None = None,
         kv: SpecLike | None = None,
         positions: Positions | None = None,
         options: Mapping[str, Any] | None = None,
@@ -118,7 +125,7 @@ class CompressionConfig:
         """Assemble a config from the arguments of `wrap`; `keep` and `options` need exactly one method."""
         listed: list[Any] = [] if method is None else list(method) if isinstance(method, (list, tuple)) else [method]
         methods = [Spec.parse(entry) for entry in listed]
-        budget = _budget(keep, pruning_rate)
+        budget = _budget(keep, pruning_rate, keep_avg)
         if (budget is not None or options) and len(methods) != 1:
             raise SpecError(
                 "keep and method options go with exactly one method; "
@@ -143,7 +150,7 @@ class CompressionConfig:
             raise SpecError(f"not an mmcompress config: format is {data['format']!r}, expected {FORMAT!r}.")
         if entries.pop("version", VERSION) != VERSION:
             raise SpecError(f"config version {data['version']!r} is not supported; this release reads {VERSION}.")
-        allowed = ("method", "keep", "pruning_rate", "kv", "positions")
+        allowed = ("method", *BUDGETS, "kv", "positions")
         for key in entries:
             if key not in allowed:
                 raise unknown_name("config entry", key, allowed)
@@ -182,12 +189,15 @@ class CompressionConfig:
         return " + ".join(str(spec) for spec in (*self.methods, *([self.kv] if self.kv else [])))
 
 
-def _budget(keep: Any, pruning_rate: Any) -> Budget | None:
-    if pruning_rate is None:
-        return None if keep is None else Budget(keep)
-    if keep is not None:
-        raise SpecError("give keep or pruning_rate, not both.")
-    return Budget.from_pruning_rate(pruning_rate)
+def _budget(keep: Any, pruning_rate: Any, keep_avg: Any) -> Budget | None:
+    given = [name for name, value in zip(BUDGETS, (keep, pruning_rate, keep_avg), strict=True) if value is not None]
+    if len(given) > 1:
+        raise SpecError(f"give {given[0]} or {given[1]}, not both.")
+    if keep_avg is not None:
+        return Budget(keep_avg, average=True)
+    if pruning_rate is not None:
+        return Budget.from_pruning_rate(pruning_rate)
+    return None if keep is None else Budget(keep)
 
 
 def _arguments(text: str, whole: str) -> Iterator[tuple[str, Any]]:
@@ -198,6 +208,8 @@ def _arguments(text: str, whole: str) -> Iterator[tuple[str, Any]]:
             raise SpecError(f"cannot read {whole!r} from {text[position:].strip()!r}: write option=value, ...")
         if match["bare"] is not None:
             yield match["key"], _scalar(match["bare"])
+        elif match["list"] is not None:
+            yield match["key"], _numbers(match["list"], whole)
         elif match["single"] is not None:
             yield match["key"], match["single"]
         else:
@@ -213,6 +225,16 @@ def _unescape(text: str, whole: str) -> str:
         raise SpecError(f"cannot read {whole!r}: bad escape in {text}; use single quotes for plain text.") from error
 
 
+def _numbers(text: str, whole: str) -> tuple[int | float, ...]:
+    """What stands between brackets."""
+    words = text.removesuffix(",").split(",") if text.strip() else []
+    numbers = tuple(_scalar(word.strip()) for word in words)
+    for word, number in zip(words, numbers, strict=True):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise SpecError(f"cannot read {whole!r}: a list holds numbers, as in [3, 5], not {word.strip()!r}.")
+    return numbers
+
+
 def _scalar(word: str) -> Any:
     if word in _WORDS:
         return _WORDS[word]
@@ -225,6 +247,8 @@ def _scalar(word: str) -> Any:
 
 
 def _literal(value: Any) -> str:
-    if isinstance(value, str) and _scalar(value) == value and re.fullmatch(r"[^\s,()='\"]+", value):
+    if isinstance(value, tuple):
+        return str(list(value))
+    if isinstance(value, str) and _scalar(value) == value and re.fullmatch(r"[^][\s,()='\"]+", value):
         return value
     return json.dumps(value) if isinstance(value, str) else str(value)

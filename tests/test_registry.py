@@ -163,6 +163,8 @@ class Options(VisualMethod):
     flag: bool = False
     word: str | None = None
     choice: Literal[1, 2] = 1
+    layers: tuple[int, ...] | None = None
+    shares: tuple[float, ...] = ()
 
     def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
         """Keep the first tokens."""
@@ -175,9 +177,23 @@ def test_options_of_the_right_type_are_taken(registry: Registry, options: dict[s
     assert registry.build("options", options) == Options(**options)
 
 
+def test_a_list_becomes_a_tuple(registry: Registry) -> None:
+    registry.register("options", summary="s", family="f")(Options)
+    for layers, shares in (([1, 2], [1, 0.5]), ((1, 2), (1, 0.5))):
+        built = registry.build("options", {"layers": layers, "shares": shares})
+        assert built == Options(layers=(1, 2), shares=(1, 0.5))
+
+
 @pytest.mark.parametrize(
     ("options", "allowed"),
     [
+        ({"layers": 3}, "a list of int or None"),
+        ({"layers": "3, 5"}, "a list of int or None"),
+        ({"layers": [3, 0.5]}, "a list of int or None"),
+        ({"layers": [3, True]}, "a list of int or None"),
+        ({"shares": None}, "a list of float"),
+        ({"shares": (0.5, float("nan"))}, "a list of float"),
+        ({"number": (0.5,)}, "float"),
         ({"number": float("nan")}, "float"),
         ({"number": float("inf")}, "float"),
         ({"number": True}, "float"),

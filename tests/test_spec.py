@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmcompress.budget import Budget
 from mmcompress.errors import SpecError, unknown_name
-from mmcompress.spec import FORMAT, VERSION, CompressionConfig, Spec
+from mmcompress.spec import FORMAT, VERSION, CompressionConfig, Spec, split_specs
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9-]{0,12}", fullmatch=True)
 KEEPS = st.none() | st.builds(Budget, st.integers(1, 5000) | st.floats(0, 1, exclude_min=True))
@@ -24,7 +24,8 @@ OPTIONS = st.dictionaries(
     | st.booleans()
     | st.integers(-(10**9), 10**9)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=12),
+    | st.text(max_size=12)
+    | st.lists(st.integers() | st.floats(allow_nan=False, allow_infinity=False), max_size=3).map(tuple),
     max_size=4,
 )
 SPECS = st.builds(Spec, NAMES, KEEPS, OPTIONS)
@@ -65,6 +66,11 @@ def test_a_spec_reads_back_from_its_dict_and_its_json(spec: Spec) -> None:
         ("x(a=1, b=-2.5, c=1e-3, d=word)", Spec("x", None, {"a": 1, "b": -2.5, "c": 1e-3, "d": "word"})),
         ("""x(a="1", b='true', c="p, q=(r)")""", Spec("x", None, {"a": "1", "b": "true", "c": "p, q=(r)"})),
         (r"""x(a="say \"hi\"", b='C:\temp')""", Spec("x", None, {"a": 'say "hi"', "b": r"C:\temp"})),
+        (
+            "x(a=[3, 5,6], b=[ 0.5 , 1 ], c=[-1e-3,], d=[])",
+            Spec("x", None, {"a": (3, 5, 6), "b": (0.5, 1), "c": (-1e-3,), "d": ()}),
+        ),
+        ("""x(a="[3]", b='[3, 5]')""", Spec("x", None, {"a": "[3]", "b": "[3, 5]"})),
         ("x(a=__import__)", Spec("x", None, {"a": "__import__"})),  # literals, never evaluated
     ],
 )
@@ -80,6 +86,15 @@ def test_dicts() -> None:
     assert Spec.parse(spec) is spec
 
 
+def test_a_list_is_the_same_however_it_is_given() -> None:
+    spec = Spec.parse("x(a=[3, 5])")
+    assert str(spec) == "x(a=[3, 5])"
+    assert spec.to_dict() == {"name": "x", "a": [3, 5]}
+    for same in (spec.to_dict(), {"name": "x", "a": (3, 5)}, Spec("x", None, {"a": [3, 5]})):
+        assert identical(Spec.parse(same), spec)
+    assert split_specs("x(a=[3, 5]), y") == ["x(a=[3, 5])", " y"]
+
+
 @pytest.mark.parametrize(
     ("value", "named"),
     [
@@ -93,6 +108,14 @@ def test_dicts() -> None:
         ("todre(a=[1])x", "todre"),
         ("todre(a=(1))", "a="),
         ('todre(a="x)', "a="),
+        ("todre(a=[1)", "a="),
+        ("todre(a=[[1]])", "a="),
+        ("todre(a=3, 5)", "'5'"),
+        ("todre(a=[3, x])", r"a list holds numbers, as in \[3, 5\], not 'x'"),
+        ("todre(a=[3,, 5])", "not ''"),
+        ("todre(a=[,])", "not ''"),
+        ("todre(a=[true])", "not 'true'"),
+        ("todre(keep=[0.5])", r"\(0.5,\)"),
         (r'todre(a="\x")', "escape"),
         ("todre(a=1, a=2)", "todre: an option is given twice"),
         ("todre(keep=0.2, keep=0.2)", "todre: an option is given twice"),

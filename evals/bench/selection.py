@@ -21,7 +21,7 @@ from mmcompress.evals.bench.items import CLIP, layout, make_item
 from mmcompress.evals.bench.plain import PLAIN, plain_loop
 from mmcompress.evals.bench.rows import NOTE, WIDTH, Row, markdown, table
 from mmcompress.evals.bench.timing import time_batch
-from mmcompress.evals.demo import environment
+from mmcompress.evals.environment import environment
 from mmcompress.method import VisualMethod
 from mmcompress.registry import METHODS
 from mmcompress.spec import Spec, split_specs

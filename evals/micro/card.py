@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import AutoModelForImageTextToText
 
 from mmcompress.errors import InputError, MMCompressError, SpecError
-from mmcompress.evals.demo import environment
+from mmcompress.evals.environment import environment
 from mmcompress.evals.micro import GENERATOR_VERSION, Question
 from mmcompress.evals.micro.notes import NOTES, UNLEARNT
 from mmcompress.evals.micro.processing import load_processor

@@ -11,32 +11,42 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.masking_utils import create_causal_mask
 
 from mmcompress.errors import UnsupportedError
 
 
-class PrunedLayer(DynamicLayer):
-    """A dynamic cache layer of which `dropped` tokens were never stored."""
+class PrunedLayer(CacheLayerMixin):
+    """A cache layer of which `dropped` tokens were never stored."""
 
     dropped = 0
 
-    def physical_length(self) -> int:
-        """Tokens stored."""
-        return DynamicLayer.get_seq_length(self)
+    def physical_length(self) -> Any:
+        """Tokens stored; a static layer that was written to says it as a tensor."""
+        return super().get_seq_length()
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         """Tokens seen."""
         return self.physical_length() + self.dropped
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys a query of `query_length` meets."""
-        return self.physical_length() + query_length, 0
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
         self.dropped = 0
+
+
+class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
+    """A `PrunedLayer` that grows."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys a query of `query_length` meets."""
+        return self.physical_length() + query_length, 0
+
+
+class PrunedStaticLayer(PrunedLayer, StaticLayer):
+    """A `PrunedLayer` of fixed size."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +75,17 @@ class CacheState:
         mask: `[batch, physical]` bool, which tokens stored in the first layer are real.
         shift: `[batch]`, by how much renumbered positions lag behind the original ones.
         stretches: by layer, what is different from there on.
+        floor: how many tokens were seen when the last one arrived that compression may have removed.
     """
 
     mask: Tensor | None = None
     shift: Tensor | None = None
     stretches: dict[int, Stretch] = field(default_factory=dict)
+    floor: int = 0
 
     def copy(self) -> CacheState:
         """The same, to be changed without changing this one."""
-        return CacheState(self.mask, self.shift, dict(self.stretches))
+        return CacheState(self.mask, self.shift, dict(self.stretches), self.floor)
 
     def take(self, rows: Tensor) -> None:
         """Follow a cache whose rows became those numbered `rows`."""
@@ -82,8 +94,8 @@ class CacheState:
         self.stretches = {layer: stretch.take(rows) for layer, stretch in self.stretches.items()}
 
 
-class PrunedCache(DynamicCache):
-    """A `DynamicCache` whose layers are `PrunedLayer`s; made from an existing cache by `adopt`.
+class PrunedCache(Cache):
+    """A cache whose layers are `PrunedLayer`s; made from an existing cache by `adopt`.
 
     Args:
         state: what outlives a forward pass.
@@ -105,14 +117,34 @@ class PrunedCache(DynamicCache):
             )
         return super().update(*args, **kwargs)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Tokens stored in layer `layer_idx`."""
-        return cast(PrunedLayer, self.layers[layer_idx]).physical_length() if layer_idx < len(self.layers) else 0
+    def stored(self, layer: int = 0) -> int:
+        """Tokens stored in `layer`."""
+        return int(cast(PrunedLayer, self.layers[layer]).physical_length()) if layer < len(self.layers) else 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Tokens stored in layer `layer_idx`; between passes tokens seen, by which `generate` builds its masks."""
+        if not self.entered or layer_idx >= len(self.layers):
+            return self.get_seq_length(layer_idx)
+        return cast(PrunedLayer, self.layers[layer_idx]).physical_length()
 
     def drop(self, tokens: int, first: int = 0) -> None:
         """Note that `tokens` were seen by every layer and stored by none from the layer `first` on."""
         for layer in self.layers[first:]:
             cast(PrunedLayer, layer).dropped += tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens off again: so many as a negative number, or, before transformers 5.20, all but so many.
+
+        Raises:
+            UnsupportedError: some of them are of a compressed prompt.
+        """
+        seen = int(self.get_seq_length())
+        left = seen + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, seen)
+        if left < self.state.floor:
+            raise UnsupportedError(
+                f"cannot crop a cache to {left} tokens: the first {self.state.floor} are compressed and stay together."
+            )
+        super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace every row by that of its beam."""
@@ -136,35 +168,65 @@ class PrunedCache(DynamicCache):
         self.state = CacheState()
 
 
+class PrunedDynamicCache(PrunedCache, DynamicCache):
+    """A `PrunedCache` that grows."""
+
+
+class PrunedStaticCache(PrunedCache, StaticCache):
+    """A `PrunedCache` of fixed size."""
+
+
 def padding_mask(mask: Tensor, cache: Cache | None) -> Tensor | None:
     """`mask` `[batch, columns]` as transformers takes it; None where a pass into `cache` needs none.
 
-    Without a cache, transformers takes gaps between kept positions for packed sequences unless given a mask.
+    Without a cache, transformers takes gaps between kept positions for packed sequences unless given a mask. In a
+    static cache it tells what is filled.
     """
-    return mask.long() if cache is None or not bool(mask.all()) else None
+    return mask.long() if not isinstance(cache, DynamicCache) or not bool(mask.all()) else None
+
+
+def layer_mask(
+    config: PretrainedConfig, embeds: Tensor, mask: Tensor, cache: PrunedCache | None, layer: int = 0
+) -> Any:
+    """What decoder layer `layer` takes as attention mask where `mask` `[batch, stored + new]` tells what is real."""
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=embeds,
+        attention_mask=padding_mask(mask, cache),
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=layer,
+    )
+
+
+_PRUNED: dict[type, tuple[type[PrunedCache], type, type[PrunedLayer]]] = {
+    DynamicCache: (PrunedDynamicCache, DynamicLayer, PrunedDynamicLayer),
+    StaticCache: (PrunedStaticCache, StaticLayer, PrunedStaticLayer),
+}
 
 
 def adopt(cache: Cache) -> PrunedCache:
-    """Turn a plain dynamic cache, empty or filled, into a `PrunedCache` in place.
+    """Turn a plain dynamic or static cache, empty or filled, into a `PrunedCache` in place.
 
     Raises:
         UnsupportedError: the cache is of another kind.
     """
     if isinstance(cache, PrunedCache):
         return cache
-    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])} - {"DynamicLayer"}
-        layers = f" with {', '.join(sorted(kinds))}" if kinds else ""
+    pruned, plain_layer, pruned_layer = _PRUNED.get(type(cache), (None, None, PrunedLayer))
+    others = {type(layer).__name__ for layer in getattr(cache, "layers", []) if type(layer) is not plain_layer}
+    if pruned is None or others:
+        layers = f" with {', '.join(sorted(others))}" if others else ""
         raise UnsupportedError(
-            f"cannot compress into a {type(cache).__name__}{layers}; use the default DynamicCache "
-            "(leave out cache_implementation and sliding-window layers)."
+            f"cannot compress into a {type(cache).__name__}{layers}; use a DynamicCache, which is the default, or a "
+            "StaticCache, without sliding-window layers."
         )
     for layer in cache.layers:
-        layer.__class__ = PrunedLayer
+        layer.__class__ = pruned_layer
     if cache.layer_class_to_replicate is not None:
-        cache.layer_class_to_replicate = PrunedLayer
+        cache.layer_class_to_replicate = pruned_layer
     adopted: Any = cache
-    adopted.__class__ = PrunedCache
+    adopted.__class__ = pruned
     adopted.state = CacheState()
     adopted.entered = False
     return adopted

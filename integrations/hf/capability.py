@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from mmcompress.errors import MMCompressError
 from mmcompress.integrations.hf.families import FAMILIES
 from mmcompress.integrations.hf.handle import wrap
+from mmcompress.llm_method import LLMNeeds
 from mmcompress.registry import METHODS
 from mmcompress.spec import Spec
 from mmcompress.types import Needs
-
-_LLM_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,30 +25,33 @@ class Capability:
 
     Args:
         spec: the method with its defaults, or with the fewest other options that make it work.
-        needs: what it reads of a model of the family's default size; None if it does not work.
+        needs: what it reads of a vision encoder of the family's default size; None if it does not work.
+        llm_needs: what it reads inside the LLM, likewise; None if it does not act there.
         reason: why its defaults do not work; "" if they do.
     """
 
     spec: Spec
     needs: Needs | None
     reason: str = ""
+    llm_needs: LLMNeeds | None = None
 
 
 def models() -> Iterator[tuple[str, Any]]:
-    """Every family with a model of its default size, without weights and with few LLM layers."""
+    """Every family with a model of its default size, without weights."""
     for family in FAMILIES:
         config = AutoConfig.for_model(family)
-        text = config.get_text_config()
-        text.num_hidden_layers, text.pad_token_id = _LLM_LAYERS, None
+        config.get_text_config().pad_token_id = None
         with torch.device("meta"):
             yield family, AutoModelForImageTextToText.from_config(config)
 
 
 def capability(model: Any, spec: Spec) -> Capability:
     """What comes of `spec` on `model`."""
+    card: Any = METHODS.get(spec.name)
     try:
-        with wrap(model, Spec(spec.name, None, spec.options), keep=1.0) as handle:
-            return Capability(spec, handle.needs)
+        with wrap(model, Spec(spec.name, None, spec.options), keep=1.0 if card.info.takes_keep else None) as handle:
+            inside = None if handle.llm_method is None else handle.llm_method.needs(handle.llm)
+            return Capability(spec, handle.needs, llm_needs=inside)
     except MMCompressError as error:
         return Capability(spec, None, str(error))
 
@@ -59,11 +61,16 @@ def matrix(names: list[str]) -> dict[str, dict[str, Capability]]:
     found: dict[str, dict[str, Capability]] = {name: {} for name in names}
     for family, model in models():
         for name in names:
-            default = capability(model, Spec(name))
-            tried = (capability(model, choice) for choice in _choices(name)) if default.needs is None else ()
-            working = next((other for other in tried if other.needs is not None), None)
-            found[name][family] = default if working is None else dataclasses.replace(working, reason=default.reason)
+            found[name][family] = workable(model, name)
     return found
+
+
+def workable(model: Any, name: str) -> Capability:
+    """What comes of a method on `model` with its defaults; where these are refused, with the fewest that are not."""
+    default = capability(model, Spec(name))
+    tried = (capability(model, choice) for choice in _choices(name)) if default.needs is None else ()
+    working = next((other for other in tried if other.needs is not None), None)
+    return default if working is None else dataclasses.replace(working, reason=default.reason)
 
 
 def _choices(name: str) -> Iterator[Spec]:

@@ -21,18 +21,24 @@ from mmcompress.budget import Budget
 from mmcompress.compact import ragged_origin, renumber, spread, take, take_positions
 from mmcompress.encoder_method import EncoderMethod
 from mmcompress.errors import UnsupportedError
-from mmcompress.integrations.hf.cache import CacheState, PrunedCache, adopt, padding_mask
+from mmcompress.integrations.hf.cache import (
+    CacheState,
+    PrunedCache,
+    PrunedStaticCache,
+    adopt,
+    layer_mask,
+    padding_mask,
+)
 from mmcompress.integrations.hf.clock import Span, StageClock
 from mmcompress.integrations.hf.encoder_stage import EncoderStage
 from mmcompress.integrations.hf.families import Family
-from mmcompress.integrations.hf.llm_stage import LLMStage, Prompt, Run
+from mmcompress.integrations.hf.generation import FEATURE_INPUTS, Generation
+from mmcompress.integrations.hf.llm_stage import LLMStage, Prompt, Run, eagerly
 from mmcompress.integrations.hf.placement import Placed, place_items
 from mmcompress.integrations.hf.text_tower import TextTower
 from mmcompress.integrations.hf.vision import Encoded, Vision
 from mmcompress.method import VisualMethod, require_finite
 from mmcompress.types import EncoderFacts, Modality, Needs, Positions, Selection, Trace
-
-FEATURE_INPUTS = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass
@@ -43,6 +49,8 @@ class Call:
         span: the time it takes; None if the pass is left as it is.
         visual: `[batch, length]` placeholder masks by modality; empty where no features arrived.
         cache: the adopted cache.
+        seen: how many tokens went before.
+        tail: how many of the last columns were said after the prompt.
         state: what `cache` is to remember once the pass has succeeded.
         removal: which columns stayed, if it removes any.
     """
@@ -50,6 +58,8 @@ class Call:
     span: Span | None = None
     visual: dict[Modality, Tensor] = field(default_factory=dict)
     cache: PrunedCache | None = None
+    seen: int = 0
+    tail: int = 0
     state: CacheState = field(default_factory=CacheState)
     removal: Removal | None = None
 
@@ -93,6 +103,7 @@ class Door:
         encoder: EncoderFacts,
         keep: Budget,
         positions: Positions,
+        model: Any,
         llm_stage: LLMStage | None = None,
     ) -> None:
         self._family = family
@@ -115,6 +126,7 @@ class Door:
         self.stats: Stats | None = None
         self.trace: list[Trace] = []
         self.vision = Vision(family, self._needs, self._projector, self._stage)
+        self._generation = Generation(model)
         base, decoder = family.base, self._decoder
         self._hooks = [
             base.register_forward_pre_hook(self._before_base, with_kwargs=True),
@@ -142,14 +154,17 @@ class Door:
         """Take every hook off."""
         for hook in self._hooks:
             hook.remove()
+        self._generation.remove()
         self.vision.remove()
         if self.llm_stage is not None:
             self.llm_stage.remove()
 
-    @torch.compiler.disable
+    @eagerly
     def _before_base(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A keyboard interrupt skips the hook after the pass: every pass begins by forgetting the last.
         self._forward.visual, self._forward.call = {}, Call()
+        if self.llm_stage is not None:
+            self.llm_stage.end()
         outputs = kwargs.get("mm_encoder_outputs") or {}
         self.vision.begin(outputs)
         # The token ids alone would not tell: a generated token may equal the placeholder.
@@ -164,7 +179,7 @@ class Door:
                 placeholder = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
                 self._forward.visual[modality] = (embeds == placeholder).all(dim=-1)
 
-    @torch.compiler.disable
+    @eagerly
     def _after_base(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._forward.call.cache is not None:
             self._forward.call.cache.entered = False
@@ -173,7 +188,7 @@ class Door:
         self._forward.visual, self._forward.call = {}, Call()
         self.vision.end()
 
-    @torch.compiler.disable
+    @eagerly
     def _before_decoder(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -187,21 +202,20 @@ class Door:
         if cache is not None:
             call.cache = adopt(cache)
             call.state = call.cache.state.copy()
-        kwargs = self._compress(kwargs, call)
-        if call.cache is not None:
             call.cache.entered = True
         self._forward.call = call
-        return args, kwargs
+        return args, self._compress(kwargs, call)
 
     def _compress(self, kwargs: dict[str, Any], call: Call) -> dict[str, Any]:
         embeds: Tensor = kwargs["inputs_embeds"]
         batch, length = embeds.shape[:2]
         state = call.state
-        current, past = self._masks(kwargs.get("attention_mask"), state, call.cache, batch, length, embeds.device)
+        self._require_same_layers(state)
+        call.seen = 0 if call.cache is None else int(call.cache.get_seq_length())
+        current, past = self._masks(kwargs.get("attention_mask"), call, batch, length, embeds.device)
         positions = kwargs.get("position_ids")
         if positions is None:
-            seen = 0 if call.cache is None else call.cache.get_seq_length()
-            positions = torch.arange(seen, seen + length, device=embeds.device)[None]
+            positions = torch.arange(call.seen, call.seen + length, device=embeds.device)[None]
         positions = positions.to(embeds.device).expand(*positions.shape[:-2], batch, length)
         if state.shift is not None:
             positions = positions - state.shift[:, None]
@@ -209,6 +223,7 @@ class Door:
 
         valid, prompt = current, None
         if call.visual:
+            call.tail = self._generation.said(call.seen + length)
             kwargs, prompt, positions = self._remove_tokens(kwargs, call, current, positions)
             valid = prompt.valid
         if positions.dim() == 3 and positions.shape[0] == 4:  # row 0 of Qwen's ids only serves to detect packing
@@ -216,25 +231,37 @@ class Door:
             positions[0] = (valid.cumsum(dim=1) - 1).clamp(min=0) + past.shape[1]
 
         state.mask = torch.cat([past, valid], dim=1)
-        kwargs["attention_mask"] = padding_mask(state.mask, call.cache)
+        kwargs["attention_mask"] = (
+            layer_mask(self._decoder.config, kwargs["inputs_embeds"], state.mask, call.cache)
+            if isinstance(call.cache, PrunedStaticCache)  # of the same shape in every step of decoding
+            else padding_mask(state.mask, call.cache)
+        )
         kwargs["position_ids"] = positions
         if self.llm_stage is not None:
             self.llm_stage.begin(Run(call.cache, state, valid, past, positions, kwargs["inputs_embeds"], prompt))
         return kwargs
 
-    def _masks(
-        self, mask: Any, state: CacheState, cache: PrunedCache | None, batch: int, length: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def _require_same_layers(self, state: CacheState) -> None:
+        layers = [] if self.llm_stage is None else [*self.llm_stage.cuts]
+        if state.stretches and sorted(state.stretches) != layers:
+            raise UnsupportedError(
+                f"this cache lost tokens before layers {sorted(state.stretches)}, but here they are removed before "
+                f"layers {layers}; go on with the method it began with, or start a new cache."
+            )
+
+    def _masks(self, mask: Any, call: Call, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which of the new columns, and which of the stored ones, are real: `[batch, length]`, `[batch, stored]`."""
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        stored = 0 if call.cache is None else call.cache.stored()
+        if isinstance(call.cache, PrunedStaticCache):
+            mask = _columns(mask, call.cache, call.seen, length)
+        if mask is None:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise UnsupportedError(
                 "compression needs a 2-D attention mask [batch, length]; custom 4-D masks are not supported."
             )
-        stored = 0 if cache is None else cache.get_query_offset()
-        if mask is None:
-            mask = torch.ones(batch, length, dtype=torch.bool, device=device)
         mask = mask.to(device).bool()
-        past = state.mask
+        past = call.state.mask
         if past is None:
             past = mask[:, :-length] if mask.shape[1] == stored + length else mask.new_ones(batch, stored)
         past = past[:, :stored]
@@ -248,8 +275,10 @@ class Door:
         embeds: Tensor = kwargs["inputs_embeds"]
         length, span = embeds.shape[1], Span(embeds.device)
         pending = self.vision.pending
+        asked = current.clone()
+        asked[:, length - call.tail :] = False
         placed = place_items(
-            self._family, self._needs, pending, embeds, call.visual, current, self._text_tower, self._forward.ids
+            self._family, self._needs, pending, embeds, call.visual, asked, self._text_tower, self._forward.ids
         )
         selections = self._select(placed)
 
@@ -286,10 +315,13 @@ class Door:
         clock = StageClock()
         clock.add("encoder", *(span for encoded in pending.values() for span in encoded.spans))
         clock.add("selection", span.stop())
-        stats, trace = self._account(pending, placed, selections, current, keep)
+        call.state.floor = call.seen + int(
+            (visual.any(dim=0) * torch.arange(1, length + 1, device=visual.device)).max()
+        )
+        stats, trace = self._account(pending, placed, selections, asked, keep & asked)
         call.removal = Removal(keep, index, stats, trace, clock)
         item = take(item, origin).masked_fill(~valid, -1)
-        return kwargs, Prompt(valid, item, take(~visual, origin) & valid), kept_positions
+        return kwargs, Prompt(valid, item, take(~visual, origin) & valid, call.tail), kept_positions
 
     def _select(self, placed: Sequence[Placed]) -> list[Selection]:
         items = [entry.item for entry in placed]
@@ -312,7 +344,7 @@ class Door:
         pending: Mapping[Modality, Encoded],
         placed: Sequence[Placed],
         selections: Sequence[Selection],
-        current: Tensor,
+        asked: Tensor,
         keep: Tensor,
     ) -> tuple[Stats, list[Trace]]:
         in_rows = [
@@ -335,7 +367,7 @@ class Door:
         ]
         encoded = pending.values()
         reused = 1 - sum(part.fresh for part in encoded) / sum(len(part.layouts) for part in encoded)
-        tokens, kept = current.sum(dim=1).tolist(), keep.sum(dim=1).tolist()
+        tokens, kept = asked.sum(dim=1).tolist(), keep.sum(dim=1).tolist()
         return Stats(items, tokens, kept, llm_shape(self._decoder), reused=reused), trace
 
     def _before_layer(
@@ -344,7 +376,7 @@ class Door:
         # FlashAttention reads gaps in position ids as packed sequences; RoPE is already in position_embeddings.
         return None if self._forward.call.span is None else (args, {**kwargs, "position_ids": None})
 
-    @torch.compiler.disable
+    @eagerly
     def _after_decoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         call = self._forward.call
         if call.span is None:
@@ -371,7 +403,10 @@ class Door:
     def _leave(self, run: Run, hidden: Tensor) -> Tensor:
         """Account for what was removed inside the LLM, and spread `hidden` over all columns that entered it."""
         assert self.stats is not None
-        left = {removed.layer: (removed.index >= 0).sum(dim=1).tolist() for removed in run.removed}
+        left = {
+            removed.layer: ((removed.index >= 0).sum(dim=1) - self._forward.call.tail).tolist()
+            for removed in run.removed
+        }
         self.stats = replace(self.stats, row_left=left)
         for removed in reversed(run.removed):
             keep, index = removed.keep.to(hidden.device), removed.index.to(hidden.device)
@@ -379,6 +414,29 @@ class Door:
             if run.cache is not None:
                 run.cache.drop(keep.shape[1] - index.shape[1], removed.layer)
         return hidden
+
+
+def _columns(mask: Any, cache: PrunedStaticCache, seen: int, length: int) -> Any:
+    """The 2-D mask `[batch, seen + length]` of which `generate` made `mask`, as it does ahead of a static cache.
+
+    Raises:
+        UnsupportedError: the cache is too small for the prompt, as `generate` sees it.
+    """
+    if cache.get_max_length() < seen + length:
+        raise UnsupportedError(
+            f"a static cache must have room for the uncompressed prompt of {seen + length} tokens, but "
+            f"max_cache_len={cache.get_max_length()}."
+        )
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return mask
+    allowed = mask[:, 0, :, : seen + length]
+    allowed = allowed if allowed.dtype == torch.bool else allowed == 0
+    columns = allowed[:, -1]
+    causal = columns.new_ones(length, seen + length).tril(seen)
+    is_padding = ~columns[:, seen:, None]  # whatever it sees
+    return columns if bool((is_padding | (allowed == columns[:, None] & causal)).all()) else mask
 
 
 def llm_shape(decoder: Any) -> LLMShape:

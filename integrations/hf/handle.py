@@ -28,6 +28,7 @@ from mmcompress.types import EncoderFacts, Needs, Positions, Trace
 
 _MARK = "_mmcompress_handle"
 _BASES: dict[Stage, type] = {"encoder": EncoderMethod, "pre_llm": VisualMethod, "in_llm": LLMMethod}
+_MANY = 1_000_000  # tokens, so that rounding does not matter
 Method = VisualMethod | EncoderMethod | LLMMethod
 
 
@@ -44,7 +45,7 @@ class Handle:
         positions: how tokens that enter the LLM are numbered.
     """
 
-    def __init__(self, family: Family, config: CompressionConfig) -> None:
+    def __init__(self, family: Family, config: CompressionConfig, model: Any) -> None:
         stages = _stages(config)
         self.method, self.llm_method = stages.vision, stages.llm
         self.config = config
@@ -63,8 +64,9 @@ class Handle:
         if self.llm_method is not None:
             require_in_llm(family, self.llm_method, self.llm)
         self.positions: Positions = config.positions or family.positions
-        if stages.keep is not None:
-            self._require_within_reach(stages.keep)
+        for keep in (stages.keep, stages.llm_keep):
+            if keep is not None:
+                self._require_within_reach(keep)
         self._base = family.base
         llm_stage = None
         if self.llm_method is not None:
@@ -74,7 +76,7 @@ class Handle:
             )
         keep = stages.keep or Budget(1.0)
         self._door: Door | None = Door(
-            family, self.method, self.needs, self.encoder, keep, self.positions, llm_stage=llm_stage
+            family, self.method, self.needs, self.encoder, keep, self.positions, model, llm_stage=llm_stage
         )
         setattr(self._base, _MARK, self)
 
@@ -99,17 +101,20 @@ class Handle:
         door = self._active()
         return door.llm_stage if self.method is None and door.llm_stage is not None else door
 
-    def set(self, *, keep: int | float) -> AbstractContextManager[Handle]:
-        """Change the budget from now on; as a context manager, only until its end.
+    def set(
+        self, *, keep: int | float | None = None, keep_avg: int | float | None = None
+    ) -> AbstractContextManager[Handle]:
+        """Change the budget from now on, see `wrap`; as a context manager, only until its end.
 
         Raises:
-            SpecError: `keep` is out of range; the budget in force stays.
+            SpecError: the budget is out of range; the one in force stays.
         """
         if len(self.config.methods) > 1:
             raise SpecError("two methods have two budgets; unwrap the model and wrap it again with those you want.")
-        stage, wanted = self._budgeted, Budget(keep)
-        if self.llm_method is not None:
-            _require_budget(replace(self.config.methods[0], keep=wanted), self.llm_method)
+        stage = self._budgeted
+        spec = CompressionConfig.create(self.config.methods[0].name, keep=keep, keep_avg=keep_avg).methods[0]
+        _require_budget(spec, cast(Method, self.method or self.llm_method))
+        wanted = cast(Budget, spec.keep)
         self._require_within_reach(wanted)
         before, stage.keep = stage.keep, wanted
 
@@ -134,7 +139,9 @@ class Handle:
             delattr(self._base, _MARK)
 
     def _require_within_reach(self, keep: Budget) -> None:
-        if isinstance(self.method, EncoderMethod):
+        if keep.average and isinstance(keep.keep, float) and self.llm_method is not None:
+            self.llm_method.plan_average(_MANY, keep.keep * _MANY, self.llm)
+        elif isinstance(self.method, EncoderMethod):
             self.method.plan(self.encoder.patches, keep.tokens(self.encoder.patches), self.encoder)
 
     def _active(self) -> Door:
@@ -161,6 +168,7 @@ def wrap(
     *,
     keep: int | float | None = None,
     pruning_rate: float | None = None,
+    keep_avg: int | float | None = None,
     kv: SpecLike | None = None,
     positions: Positions | None = None,
     **options: Any,
@@ -172,6 +180,7 @@ def wrap(
         method: a name, a spec such as "todre(keep=0.1)", a dict, a list of these, or a `CompressionConfig`.
         keep: per image or clip: a float in (0, 1] is a fraction, an int a token count.
         pruning_rate: the fraction removed, instead of `keep`.
+        keep_avg: instead of `keep`, the mean over all LLM layers, for methods that remove tokens between them.
         kv: a KV-cache policy.
         positions: "renumber" or "original"; default: renumber on 1-D RoPE, original on M-RoPE.
         options: options of the method.
@@ -181,12 +190,12 @@ def wrap(
         UnsupportedError: the model, or what the method needs of it, is not supported, or it is wrapped already.
     """
     if isinstance(method, CompressionConfig):
-        if any(value is not None for value in (keep, pruning_rate, kv, positions)) or options:
+        if any(value is not None for value in (keep, pruning_rate, keep_avg, kv, positions)) or options:
             raise SpecError("a CompressionConfig says everything; give no other arguments beside it.")
         config = method
     else:
         config = CompressionConfig.create(
-            method, keep=keep, pruning_rate=pruning_rate, kv=kv, positions=positions, options=options
+            method, keep=keep, pruning_rate=pruning_rate, keep_avg=keep_avg, kv=kv, positions=positions, options=options
         )
     _check_transformers()
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -194,7 +203,7 @@ def wrap(
     handle = getattr(family.base, _MARK, None)
     if handle is not None:
         raise UnsupportedError(f"already wrapped: {handle!r}. Call its unwrap() first, or set(keep=...) on it.")
-    return Handle(family, config)
+    return Handle(family, config, target)
 
 
 def _check_transformers() -> None:
@@ -246,10 +255,7 @@ def _stages(config: CompressionConfig) -> _Stages:
         _require_option(method)
         _require_budget(spec, method)
         if isinstance(method, LLMMethod):
-            if stages.llm is not None:
-                raise SpecError(
-                    f"{spec.name} and {stages.llm.info.name} both remove tokens inside the LLM; give one of them."
-                )
+            _require_one_inside(stages, method)
             stages = replace(stages, llm=method, llm_keep=spec.keep)
             continue
         if stages.vision is not None:
@@ -259,8 +265,19 @@ def _stages(config: CompressionConfig) -> _Stages:
             )
         if stages.llm is not None:
             raise SpecError(f"{spec.name} acts before {stages.llm.info.name}: give it first.")
-        stages = replace(stages, vision=method, keep=spec.keep)
+        part = method.second_part if isinstance(method, VisualMethod) else None
+        stages = _Stages(method, spec.keep, part)
     return stages
+
+
+def _require_one_inside(stages: _Stages, method: LLMMethod) -> None:
+    if stages.llm is None:
+        return
+    name, first = method.info.name, stages.llm.info.name
+    if stages.vision is not None and isinstance(stages.vision, VisualMethod) and stages.vision.second_part is not None:
+        whole = stages.vision.info.name
+        raise SpecError(f"{whole} goes on inside the LLM, where {name} acts too; give {whole}(parts=first) beside it.")
+    raise SpecError(f"{name} and {first} both remove tokens inside the LLM; give one of them.")
 
 
 def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
@@ -281,10 +298,11 @@ def _require_option(method: Method) -> None:
 
 
 def _require_budget(spec: Spec, method: Method) -> None:
-    takes_keep = not isinstance(method, LLMMethod) or method.takes_keep
-    if takes_keep and spec.keep is None:
+    if spec.keep is not None and spec.keep.average and not isinstance(method, LLMMethod):
+        raise SpecError(f"{spec.name} removes no tokens inside the LLM, so all its layers have as many: give keep=.")
+    if method.info.takes_keep and spec.keep is None:
         raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a token count, as in keep=0.25.")
-    if not takes_keep and spec.keep is not None:
+    if not method.info.takes_keep and spec.keep is not None:
         raise SpecError(f"{spec.name} takes no keep=: its own rule says how many tokens are left.")
 
 

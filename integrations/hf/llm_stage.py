@@ -14,18 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
 from mmcompress.budget import Budget
 from mmcompress.compact import ragged_origin, renumber, take, take_positions
 from mmcompress.encoder_method import Attention
 from mmcompress.errors import SpecError, UnsupportedError
-from mmcompress.integrations.hf.cache import CacheState, PrunedCache, Stretch, padding_mask
+from mmcompress.integrations.hf.cache import CacheState, PrunedCache, Stretch, layer_mask
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.taps import tap
 from mmcompress.llm_method import LLMFacts, LLMMethod, LLMNeeds, PromptRow, RowAttention
 from mmcompress.types import Positions, Selection
 
+# Lengths are decided there, so a compiled model runs these parts as they are.
+eagerly = torch.compiler.disable(
+    reason="mmcompress decides here how many tokens are left, which cannot be compiled; leave out fullgraph=True."
+)
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
@@ -50,12 +53,14 @@ class Prompt:
         valid: `[batch, columns]` bool, which are no padding.
         item: `[batch, columns]` number of the image or clip that a column is of and may be removed from, else -1.
         text: `[batch, columns]` bool, which are text.
+        tail: how many of the last columns were said after the prompt.
         source: `[batch, columns]` the column of the LLM's input that each one is.
     """
 
     valid: Tensor
     item: Tensor
     text: Tensor
+    tail: int = 0
     source: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,12 +71,26 @@ class Prompt:
         """`[batch, columns]` bool, which may be removed."""
         return self.item >= 0
 
+    @property
+    def asked(self) -> Tensor:
+        """`[batch, columns]` bool, which the choice may depend on."""
+        asked = self.valid.clone()
+        asked[:, asked.shape[1] - self.tail :] = False
+        return asked
+
     def take(self, origin: Tensor) -> Prompt:
         """The columns `origin` `[batch, left]`, -1 where padded."""
         here = origin >= 0
-        taken = Prompt(here, take(self.item, origin).masked_fill(~here, -1), take(self.text, origin) & here)
+        item = take(self.item, origin).masked_fill(~here, -1)
+        taken = Prompt(here, item, take(self.text, origin) & here, self.tail)
         taken.source = take(self.source, origin)
         return taken
+
+    def to(self, device: torch.device) -> Prompt:
+        """The same on `device`."""
+        moved = Prompt(self.valid.to(device), self.item.to(device), self.text.to(device), self.tail)
+        moved.source = self.source.to(device)
+        return moved
 
 
 @dataclass
@@ -89,7 +108,7 @@ class Run:
         plans: per row how many visual tokens each layer of the method leaves.
         totals: per row how many entered.
         removed: what was taken out so far.
-        replaced: what layers get instead of the model's own arguments.
+        replaced: by layer, what it gets instead of the model's own arguments.
         keys: `[batch, stored + columns]` which keys of the layer that ran last are no padding.
         through: what passed through the attention of the layer that ran last, if it is read.
         parts: what the layer that is running took in and gave out, if it is observed.
@@ -106,7 +125,7 @@ class Run:
     plans: list[list[int]] = field(default_factory=list)
     totals: list[int] = field(default_factory=list)
     removed: list[Removed] = field(default_factory=list)
-    replaced: dict[str, Any] = field(default_factory=dict)
+    replaced: dict[int, dict[str, Any]] = field(default_factory=dict)
     keys: Tensor = field(init=False)
     through: dict[int, Attention] = field(default_factory=dict)
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -161,6 +180,9 @@ class LLMStage:
         """How many visual tokens each layer of the method leaves of a row with `items` of so many tokens."""
         tokens = sum(items)
         keep = sum(self.keep.tokens(item) for item in items)
+        if self.keep.average:
+            share = self.keep.keep
+            return self.method.plan_average(tokens, share * tokens if isinstance(share, float) else keep, self.llm)
         ratio = self.keep.keep if isinstance(self.keep.keep, float) else keep / max(tokens, 1)
         return self.method.plan(tokens, keep, ratio, self.llm)
 
@@ -172,10 +194,15 @@ class LLMStage:
                     "tokens cannot be removed inside the LLM under gradient checkpointing, which runs layers twice; "
                     "call model.gradient_checkpointing_disable()."
                 )
-            run.prompt.item[:, -1] = -1  # what is said next comes from there
+            asked = run.prompt.asked
+            last = (asked * torch.arange(asked.shape[1], device=asked.device)).argmax(dim=1, keepdim=True)
+            run.prompt.item.scatter_(1, last, -1)  # what is said next comes from there
             sizes = [row[row >= 0].unique(return_counts=True)[1].tolist() for row in run.prompt.item]
             run.totals = [sum(row) for row in sizes]
             run.plans = [self.plan(row) if row else [] for row in sizes]
+        else:
+            for layer in sorted(run.state.stretches):
+                self._extend(run, layer)
         self._local.run = run
 
     def end(self) -> Run | None:
@@ -190,33 +217,38 @@ class LLMStage:
         if run is None:
             return None
         hidden = args[0]
-        if layer in self.cuts:
-            kwargs = {**kwargs, **run.replaced}
-            if run.prompt is not None:
-                hidden = self._cut(run, run.prompt, layer, hidden, kwargs["position_embeddings"])
-            elif layer in run.state.stretches:
-                self._extend(run, run.state.stretches[layer], layer, hidden)
-        return (hidden, *args[1:]), {**kwargs, **run.replaced, "position_ids": None}
+        if run.prompt is not None and layer in self.cuts:
+            rotary = {**kwargs, **run.replaced.get(layer, {})}["position_embeddings"]
+            hidden = self._cut(run, run.prompt.to(hidden.device), layer, hidden, rotary)
+        return (hidden, *args[1:]), {**kwargs, **run.replaced.get(layer, {}), "position_ids": None}
 
-    def _extend(self, run: Run, stretch: Stretch, layer: int, hidden: Tensor) -> None:
-        """Go on behind a prompt of which this stretch of layers stored a part."""
-        mask = torch.cat([_stored(stretch, run.cache, layer), run.current], dim=1)
+    def _extend(self, run: Run, layer: int) -> None:
+        """Go on behind a prompt of which the layers from `layer` on stored a part."""
+        stretch = run.state.stretches[layer]
+        mask = torch.cat([_stored(stretch, run.cache, layer, run.current.device), run.current], dim=1)
         run.state.stretches[layer] = Stretch(mask, stretch.shift)
-        run.replaced = {"attention_mask": self._mask(run, layer, hidden, mask)}
+        replaced = {"attention_mask": self._mask(run, layer, run.inputs, mask)}
         if stretch.shift is not None:
-            run.replaced["position_embeddings"] = self._rotary(hidden, run.ids - stretch.shift[:, None])
+            ids = run.ids - stretch.shift.to(run.ids.device)[:, None]
+            replaced["position_embeddings"] = self._rotary(run.inputs, ids)
+        run.replaced |= dict.fromkeys(range(layer, self.llm.layers), replaced)
 
     def _rotary(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of position ids; those of M-RoPE may have a row in front that only tells of packing."""
         cosines, sines = self._decoder.rotary_emb(hidden, ids[-3:] if ids.dim() == 3 else ids)
-        return cosines, sines
+        return cosines.to(hidden.device), sines.to(hidden.device)
 
+    @eagerly
     def _cut(self, run: Run, prompt: Prompt, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Remove tokens before `layer`: returns the hidden states that are left."""
+        """Remove tokens before `layer`: returns the hidden states that are left.
+
+        Layers may lie on several devices: all that is needed is brought to that of `hidden`.
+        """
+        device = hidden.device
         before = run.state.stretches.get(layer)
-        past = run.past if before is None else _stored(before, run.cache, layer)
-        rotary = rotary[0].expand(len(hidden), -1, -1), rotary[1].expand(len(hidden), -1, -1)
-        keep, source = prompt.valid.clone(), torch.arange(hidden.shape[1], device=hidden.device).repeat(len(hidden), 1)
+        past = run.past.to(device) if before is None else _stored(before, run.cache, layer, device)
+        rotary = rotary[0].to(device).expand(len(hidden), -1, -1), rotary[1].to(device).expand(len(hidden), -1, -1)
+        keep, source = prompt.valid.clone(), torch.arange(hidden.shape[1], device=device).repeat(len(hidden), 1)
         number = self.cuts.index(layer)
         counts = prompt.visual.sum(dim=1).tolist()
         lefts = {row: plan[number] for row, plan in enumerate(run.plans) if plan and plan[number] < counts[row]}
@@ -231,31 +263,26 @@ class LLMStage:
             hidden = _absorb(hidden, row, members, anchors, selection)
         index, origin = ragged_origin(keep, source, pad_left=bool(prompt.valid[:, -1].all()))
         run.removed.append(Removed(layer, keep, index))
-        run.observed = [take(seen, origin) for seen in run.observed]
+        run.observed = [take(seen.to(device), origin) for seen in run.observed]
         run.prompt = left_prompt = prompt.take(origin)
         hidden = take(hidden, origin)
-        shift = None if before is None else before.shift
+        shift = None if before is None or before.shift is None else before.shift.to(device)
         if self.positions == "renumber":
-            ids = run.ids if shift is None else run.ids - shift[:, None]
-            ids, more = renumber(ids, run.current, take_positions(ids, origin), left_prompt.valid)
+            ids, current = run.ids.to(device), run.current.to(device)
+            ids = ids if shift is None else ids - shift[:, None]
+            ids, more = renumber(ids, current, take_positions(ids, origin), left_prompt.valid)
             shift = more if shift is None else shift + more
             rotary = self._rotary(hidden, ids)
         else:
             rotary = take(rotary[0], origin), take(rotary[1], origin)
         run.keys = torch.cat([past, left_prompt.valid], dim=1)
         run.state.stretches[layer] = Stretch(run.keys, shift)
-        run.replaced = {"attention_mask": self._mask(run, layer, hidden, run.keys), "position_embeddings": rotary}
+        replaced = {"attention_mask": self._mask(run, layer, hidden, run.keys), "position_embeddings": rotary}
+        run.replaced |= dict.fromkeys(range(layer, self.llm.layers), replaced)
         return hidden
 
     def _mask(self, run: Run, layer: int, hidden: Tensor, mask: Tensor) -> Any:
-        return create_causal_mask(
-            config=self._decoder.config,
-            inputs_embeds=hidden,
-            attention_mask=padding_mask(mask, run.cache),
-            past_key_values=run.cache,
-            position_ids=None,
-            layer_idx=layer,
-        )
+        return layer_mask(self._decoder.config, hidden, mask, run.cache, layer)
 
     def _rows(
         self,
@@ -270,16 +297,19 @@ class LLMStage:
         """By number, the `wanted` rows as the method sees them, and where their tokens are."""
         if not wanted:
             return {}
-        needs, decoder = self._needs, self._decoder
-        upcoming_keys = torch.cat([past, prompt.valid], dim=1)
+        needs, decoder, device = self._needs, self._decoder, hidden.device
+        asked, entered_at = prompt.asked, run.inputs.shape[1] - prompt.tail
+        previous_keys = run.keys[:, : run.keys.shape[1] - prompt.tail].to(device)
+        upcoming_keys = torch.cat([past, asked], dim=1)
         with torch.no_grad():
             states = hidden.detach()
             upcoming = self._probe(layer, states, rotary, run.cache) if needs.upcoming else None
-            normed = decoder.norm(states) if needs.normed else None
+            normed = decoder.norm(states).to(device) if needs.normed else None
+            observed = torch.stack([seen.to(device) for seen in run.observed]) if run.observed else None
             views = {}
             for row in wanted:
-                columns = prompt.valid[row].nonzero()[:, 0]
-                entered = run.current[row].nonzero()[:, 0]
+                columns = asked[row].nonzero()[:, 0]
+                entered = run.current[row, :entered_at].nonzero()[:, 0].to(device)
                 view = PromptRow(
                     layer=layer,
                     total=run.totals[row],
@@ -287,10 +317,10 @@ class LLMStage:
                     text=prompt.text[row, columns],
                     hidden=states[row, columns],
                     source=torch.searchsorted(entered, prompt.source[row, columns]),
-                    previous=_row_attention(run.through.get(layer - 1), row, columns, run.keys),
+                    previous=_row_attention(run.through.get(layer - 1), row, columns, previous_keys),
                     upcoming=_row_attention(upcoming, row, columns, upcoming_keys),
-                    observed=torch.stack([seen[row, columns] for seen in run.observed]) if run.observed else None,
-                    inputs=run.inputs.detach()[row, entered] if needs.inputs else None,
+                    observed=None if observed is None else observed[:, row, columns],
+                    inputs=run.inputs.detach().to(device)[row, entered] if needs.inputs else None,
                     normed=None if normed is None else normed[row, columns],
                     rotary=(rotary[0][row, columns], rotary[1][row, columns]) if needs.rotary else None,
                 )
@@ -300,6 +330,9 @@ class LLMStage:
     def _probe(self, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: PrunedCache | None) -> Attention:
         """Queries and keys that `layer` would make of all tokens, earlier turns' keys in front."""
         module = self._decoder.layers[layer]
+        place = next(module.parameters()).device
+        if place.type != "meta":  # else the hooks that load its weights bring its inputs there
+            hidden, rotary = hidden.to(place), (rotary[0].to(place), rotary[1].to(place))
         self._local.probing = layer
         try:
             module.self_attn(
@@ -315,9 +348,9 @@ class LLMStage:
         run = self._local.run
         assert run is not None
         query, key, scaling = run.through.pop(layer)
-        if cache is not None and cache.get_query_offset(layer):
+        if cache is not None and (length := cache.stored(layer)):
             stored: Any = cache.layers[layer]
-            key = torch.cat([stored.keys.to(key), key], dim=2)
+            key = torch.cat([stored.keys[:, :, :length].to(key), key], dim=2)
         return Attention(query, key, scaling)
 
     def _collect(self, layer: int, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
@@ -335,29 +368,35 @@ class LLMStage:
         if run is None or run.prompt is None or self._local.probing is not None:
             return
         run.parts[part] = (output[0] if isinstance(output, tuple) else output).detach()
-        if part != _PARTS[-1]:
-            return
+        if part == _PARTS[-1]:
+            self._observe(run, run.prompt)
+
+    @eagerly
+    def _observe(self, run: Run, prompt: Prompt) -> None:
         parts = run.parts
-        seen = torch.zeros(run.prompt.valid.shape, device=parts["mlp"].device)
+        asked = prompt.asked.to(parts["mlp"].device)
+        seen = torch.zeros(asked.shape, device=asked.device)
         with torch.no_grad():
-            for row in run.prompt.visual.any(dim=1).nonzero()[:, 0].tolist():
-                columns = run.prompt.valid[row].nonzero()[:, 0]
+            for row in prompt.visual.any(dim=1).nonzero()[:, 0].tolist():
+                columns = asked[row].nonzero()[:, 0]
                 own = [parts[name][row, columns] for name in _PARTS]
                 seen[row, columns] = self.method.observe((own[0], own[1]), (own[2], own[3])).float()
         run.observed.append(seen)
         run.parts = {}
 
 
-def _stored(stretch: Stretch, cache: PrunedCache | None, layer: int) -> Tensor:
+def _stored(stretch: Stretch, cache: PrunedCache | None, layer: int, device: torch.device) -> Tensor:
     """Which of the columns that `layer` holds are no padding; an assistant's rejected tokens are cut off the cache."""
-    return stretch.mask if cache is None else stretch.mask[:, : cache.get_query_offset(layer)]
+    mask = stretch.mask.to(device)
+    return mask if cache is None else mask[:, : cache.stored(layer)]
 
 
 def _row_attention(through: Attention | None, row: int, columns: Tensor, keys: Tensor) -> RowAttention | None:
-    """One row of what passed; `keys` `[batch, past + columns]` tells which keys are no padding."""
+    """One row of what passed; `keys` `[batch, past + columns]` tells which of the first keys count."""
     if through is None:
         return None
-    return RowAttention(through.query[row][:, columns], through.key[row][:, keys[row]], through.scaling)
+    query, key = through.query[row].to(columns.device), through.key[row, :, : keys.shape[1]].to(columns.device)
+    return RowAttention(query[:, columns], key[:, keys[row]], through.scaling)
 
 
 def _absorb(hidden: Tensor, row: int, members: Tensor, anchors: Tensor, selection: Selection) -> Tensor:

@@ -1,13 +1,19 @@
-"""Ground truth: every step takes the token with which the chosen ones span the largest volume."""
+"""Ground truth: image by image, every step takes the token with which the chosen ones span the largest volume."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def dpp_select(tokens: Tensor, relevance: Tensor, count: int) -> Tensor:
-    """Indices `[count]` in order of choice; volumes vanish once `count` exceeds the rank of the tokens."""
+def dpp_select(tokens: Sequence[Tensor], relevance: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Indices `[count]` of each image in order of choice; volumes vanish beyond the rank of its tokens."""
+    return [_select(*image) for image in zip(tokens, relevance, counts, strict=True)]
+
+
+def _select(tokens: Tensor, relevance: Tensor, count: int) -> Tensor:
     unit = torch.nn.functional.normalize(tokens.double(), dim=-1)
     cosine = (unit @ unit.T).diagonal_scatter(unit.any(dim=-1).double())  # 1 to itself, without rounding
     kernel = relevance.double()[:, None] * cosine * relevance.double()

@@ -1,13 +1,22 @@
-"""Ground truth: every step compares every candidate with every chosen token."""
+"""Ground truth: image by image, every step compares every candidate with every chosen token."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def greedy_select(tokens: Tensor, count: int, pivot: int | None, objective: str) -> Tensor:
-    """Indices `[count]` in order of choice, `pivot` first; without one, the token farthest from all others."""
+def greedy_select(
+    tokens: Sequence[Tensor], counts: Sequence[int], pivots: Sequence[Tensor] | None, objective: str
+) -> list[Tensor]:
+    """Indices `[count]` of each image in order of choice; without a pivot, from the token farthest from all others."""
+    firsts = [None] * len(tokens) if pivots is None else [int(pivot) for pivot in pivots]
+    return [_select(*image, objective) for image in zip(tokens, counts, firsts, strict=True)]
+
+
+def _select(tokens: Tensor, count: int, pivot: int | None, objective: str) -> Tensor:
     unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
     similarity = unit @ unit.T
     if pivot is None:

@@ -1,21 +1,23 @@
-"""AIM, first part: merge the most similar tokens, half of them at a time."""
+"""AIM: merge the most similar tokens, half of them at a time; inside the LLM, ever fewer go on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mmcompress.merging import in_raster_order, merge_by_tile, soft_match
 from mmcompress.method import VisualMethod
+from mmcompress.methods.aim_pruning import AIMPruning
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs, Selection, Space, VisualItem
 
 
 @register(
     "aim",
-    summary="Iterative bipartite merging of similar tokens (first part, before the LLM).",
+    summary="Iterative bipartite merging of similar tokens, then pruning layer by layer inside the LLM.",
     family="merging",
     paper="AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning, arXiv:2412.03248",
     licence="Apache-2.0",
@@ -31,9 +33,16 @@ class AIM(VisualMethod):
     Args:
         space: "pre_projector" merges the encoder's features, compared by keys of its last layer, as published for
             images; "projected" merges projected tokens, compared by themselves, as published for video.
+        parts: "first" leaves out the pruning inside the LLM, `aim-pruning`.
     """
 
     space: Space = "pre_projector"
+    parts: Literal["both", "first"] = "both"
+
+    @property
+    def second_part(self) -> AIMPruning | None:
+        """Pruning on the authors' schedule."""
+        return AIMPruning() if self.parts == "both" else None
 
     def needs(self, encoder: EncoderFacts) -> Needs:
         """Features, and the keys of the last layer that compare them; or the embeddings alone."""

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from mmcompress import ops
 from mmcompress.errors import SpecError
 from mmcompress.method import VisualMethod
-from mmcompress.ranking import choose_per_tile
+from mmcompress.ranking import tile_shares
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
 
@@ -77,19 +77,18 @@ class CDPruner(VisualMethod):
         """Keep the tokens of the greedy choice within each tile, in raster order."""
         similarities = [self.similarity(item) for item in items]
         scales = [torch.cat(similarities)] * len(items) if self.compat == "official" and items else similarities
-        return [
-            Selection(_spanning(item, _scaled(similarity, scale), budget))
-            for item, similarity, scale, budget in zip(items, similarities, scales, budgets, strict=True)
-        ]
-
-
-def _spanning(item: VisualItem, relevance: Tensor, budget: int) -> Tensor:
-    """Indices of the tokens that span the most volume within their tiles, ascending."""
-
-    def choose(members: Tensor, share: int) -> Tensor:
-        return ops.dpp_select(item.embeddings[members], relevance[members], share)
-
-    return choose_per_tile(item.tiles, budget, choose).sort().values
+        relevance = [_scaled(similarity, scale) for similarity, scale in zip(similarities, scales, strict=True)]
+        shares = [tile_shares(item.tiles, budget) for item, budget in zip(items, budgets, strict=True)]
+        tiles = [(i, members, share) for i, of_item in enumerate(shares) for members, share in of_item]
+        orders = ops.dpp_select(
+            [items[i].embeddings[members] for i, members, _ in tiles],
+            [relevance[i][members] for i, members, _ in tiles],
+            [share for *_, share in tiles],
+        )
+        kept: list[list[Tensor]] = [[] for _ in items]
+        for (i, members, _), order in zip(tiles, orders, strict=True):
+            kept[i].append(members[order])
+        return [Selection(torch.cat(of_item).sort().values) for of_item in kept]
 
 
 def _scaled(similarity: Tensor, among: Tensor) -> Tensor:

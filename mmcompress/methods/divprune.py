@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,10 +31,14 @@ class DivPrune(VisualMethod):
         """The embeddings, which are compared with one another."""
         return Needs(embeddings=True)
 
-    def selection_order(self, item: VisualItem, budget: int) -> Tensor:
-        """The kept tokens in the order they were chosen, `[budget]`."""
-        return ops.greedy_select(item.embeddings, budget, None, "k-center")
+    def selection_orders(self, items: Sequence[VisualItem], budgets: Sequence[int]) -> list[Tensor]:
+        """The kept tokens of every item in the order they were chosen, `[budget]`."""
+        return ops.greedy_select([item.embeddings for item in items], budgets, None, "k-center")
 
     def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
         """Keep the chosen tokens in raster order."""
-        return Selection(self.selection_order(item, budget).sort().values)
+        return self.select_batch([item], [budget], needs)[0]
+
+    def select_batch(self, items: Sequence[VisualItem], budgets: Sequence[int], needs: Needs) -> list[Selection]:
+        """Keep the chosen tokens of every item in raster order."""
+        return [Selection(order.sort().values) for order in self.selection_orders(items, budgets)]

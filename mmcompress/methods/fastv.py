@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from mmcompress.errors import SpecError
 from mmcompress.llm_method import LLMFacts, LLMMethod, LLMNeeds, PromptRow
 from mmcompress.ranking import top_indices
@@ -50,6 +48,4 @@ class FastV(LLMMethod):
     def select(self, row: PromptRow, left: int) -> Selection:
         """The most attended tokens, in raster order."""
         assert row.previous is not None
-        last = torch.tensor([len(row.visual) - 1], device=row.visual.device)
-        attention = row.previous.rows(last)[:, 0].mean(dim=0)
-        return Selection(top_indices(attention[row.visual], left))
+        return Selection(top_indices(row.previous.mean_row(row.last)[row.visual], left))

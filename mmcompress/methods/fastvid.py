@@ -14,6 +14,7 @@ from mmcompress.budget import largest_remainder
 from mmcompress.errors import SpecError
 from mmcompress.frames import as_frames, frame_shape
 from mmcompress.method import VisualMethod
+from mmcompress.methods._dpc_knn import distances, peak_scores
 from mmcompress.ranking import top_indices
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
@@ -90,7 +91,8 @@ class FastVID(VisualMethod):
             members = index[start:stop][~is_salient[start:stop]]
             for frame, count in self._peaks_per_frame(rooms, sum(contexts[start:stop])):
                 candidates = index[start + frame][~is_salient[start + frame]]
-                merges.append((candidates[top_indices(_peak_scores(tokens[candidates]), count)], members))
+                scores = peak_scores(distances(tokens[candidates]), NEIGHBOURS)
+                merges.append((candidates[top_indices(scores, count)], members))
         anchor = torch.cat([index[is_salient], *(peaks for peaks, _ in merges)]).sort().values
         weight = torch.zeros(len(anchor), len(item), device=tokens.device)
         weight[torch.arange(len(anchor), device=tokens.device), anchor] = 1
@@ -122,13 +124,3 @@ class FastVID(VisualMethod):
             total -= total % len(anchors)
         counts = largest_remainder(total, [rooms[frame] for frame in anchors])
         return [(frame, count) for frame, count in zip(anchors, counts, strict=True) if count]
-
-
-def _peak_scores(tokens: Tensor) -> Tensor:
-    """Local density of `tokens` `[tokens, dim]` times distance to the nearest denser one, `[tokens]`."""
-    # Without matrix products, in which the distance of close tokens is lost to rounding.
-    distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") / tokens.shape[1] ** 0.5
-    nearest = distance.topk(min(NEIGHBOURS, len(tokens)), largest=False).values
-    density = (-nearest.square().mean(dim=1)).exp()
-    denser = density > density[:, None]
-    return density * torch.where(denser, distance, distance.max()).amin(dim=1)

@@ -80,7 +80,7 @@ def test_an_answer_does_not_depend_on_other_runs(micro: tuple[Any, Any]) -> None
 
 def test_costs_follow_from_what_was_kept(micro: tuple[Any, Any]) -> None:
     told: list[int] = []
-    runs: list[Run] = [(None, 1.0), ("uniform", 0.25), ("uniform", 25), ("todre", 0.25)]
+    runs: list[Run] = [(None, 1.0), ("uniform", 0.25), ("uniform", 25), ("divprune", 0.25)]
     results = evaluate(*micro, QUESTIONS, MICROVQA_PATH, runs, batch_size=8, progress=told.append)
     assert sum(told) == len(runs) * len(QUESTIONS)
     assert [(result.method, result.keep) for result in results] == runs
@@ -97,8 +97,19 @@ def test_costs_follow_from_what_was_kept(micro: tuple[Any, Any]) -> None:
         assert min(vars(cost.seconds).values()) > 0
     flops = [result.cost.prefill_flops for result in results]
     assert flops[0] > 3 * flops[1] > 3 * flops[2] and flops[1] == flops[3]
-    # Encoded once for the three runs of one method, but booked on each.
-    assert len({result.cost.seconds.encoder for result in results[:3]}) == 1
+
+
+def test_budgets_are_tokens_per_layer(micro: tuple[Any, Any]) -> None:
+    """Wherever tokens are removed, and whoever shares the work; a rule of its own has no budget."""
+    methods = ("uniform", "fastv(layer=1)", "uniform(keep=0.5) + fastv(layer=1)")
+    runs: list[Run] = [*((method, 0.375) for method in methods), ("todre-stage2", None)]
+    *alike, ruled = evaluate(*micro, QUESTIONS[:8], MICROVQA_PATH, runs)
+    assert [result.cost.kept for result in alike] == [96, 256, 128]
+    for result in alike:
+        assert result.cost.tokens_per_layer == pytest.approx(96, abs=0.75)
+    assert ruled.keep is None and ruled.cost.kept == 256
+    with pytest.raises(SpecError, match="need a keep= that is a fraction"):
+        evaluate(*micro, QUESTIONS[:8], MICROVQA_PATH, [("uniform + fastv", 0.5)])
 
 
 def test_the_model_is_left_as_it_was(micro: tuple[Any, Any]) -> None:

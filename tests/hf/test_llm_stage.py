@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hf.families import FAMILIES
-from hf.oracle import _prompt, reference_items
+from hf.oracle import _compressed, _Row, encoder_facts, reference_items
 from registered import variants
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import mmcompress
+from mmcompress.budget import Budget
 from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.families import FAMILIES as FAMILY_ADAPTERS
 from mmcompress.integrations.hf.llm_stage import LLMStage, llm_facts
@@ -22,7 +23,7 @@ from mmcompress.llm_method import LLMFacts, LLMMethod, LLMNeeds, PromptRow
 from mmcompress.ranking import top_indices
 from mmcompress.registry import METHODS, register
 from mmcompress.spec import Spec
-from mmcompress.types import Positions, Selection
+from mmcompress.types import Positions, Selection, Space
 
 STEPS, KEEP, TOLERANCE = 5, 0.4, 1e-5
 MROPE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
@@ -117,30 +118,55 @@ class Recomputed:
     lengths: list[list[int]]
 
 
+@dataclass(frozen=True)
+class Entering:
+    """A row as it enters the LLM, nothing padded; `candidate` `[tokens]` tells what may go there."""
+
+    row: _Row
+    candidate: Tensor
+
+
+def whole_prompts(model: PreTrainedModel, name: str, inputs: dict) -> list[Entering]:
+    every = [Selection.everything(len(item.positions)) for item in reference_items(model, name, inputs)]
+    return prompts(model, name, inputs, every, "original", "projected")
+
+
+@torch.no_grad()
+def prompts(
+    model: PreTrainedModel,
+    name: str,
+    inputs: dict,
+    selections: list[Selection],
+    positions: Positions,
+    space: Space,
+) -> list[Entering]:
+    items = reference_items(model, name, inputs)
+    rows = _compressed(model, name, inputs, items, selections, positions, space, True)
+    visual = [torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool) for _ in rows]
+    for item in items:
+        visual[item.row][item.positions] = True
+    return [Entering(row, mask[columns]) for mask, (row, columns) in zip(visual, rows, strict=True)]
+
+
 @torch.no_grad()
 def recompute(
-    model: PreTrainedModel, name: str, inputs: dict, cuts: Container[int], choose: Choose, renumbers: bool
+    model: PreTrainedModel, rows: list[Entering], cuts: Container[int], choose: Choose, renumbers: bool
 ) -> Recomputed:
     decoder: typing.Any = model.base_model.get_decoder()
-    items = reference_items(model, name, inputs)
     tokens, logits, lengths = [], [], []
-    for number, prompt in enumerate(_prompt(model, name, inputs)):
-        valid = inputs["attention_mask"][number].bool()
-        candidate = torch.zeros_like(valid)
-        for item in items:
-            if item.row == number:
-                candidate[item.positions] = True
-        said = int(valid.sum())
-        candidate = torch.cat([candidate[valid], torch.zeros(STEPS, dtype=torch.bool)])
+    for number, entering in enumerate(rows):
+        prompt = entering.row
+        said = len(prompt.embeddings)
+        candidate = torch.cat([entering.candidate, torch.zeros(STEPS, dtype=torch.bool)])
         kept: dict[int, Selection | None] = {}
         chosen: list[int] = []
         steps = []
         for _ in range(STEPS):
             entered = torch.empty(0)
             added = torch.arange(prompt.following, prompt.following + len(chosen))
-            ids = torch.cat([prompt.positions[..., valid], added.expand(*prompt.positions.shape[:-1], -1)], -1)
+            ids = torch.cat([prompt.positions, added.expand(*prompt.positions.shape[:-1], -1)], -1)
             extra = model.get_input_embeddings()(torch.tensor(chosen, dtype=torch.long))
-            hidden = torch.cat([prompt.embeddings[valid], extra])[None]
+            hidden = torch.cat([prompt.embeddings, extra])[None]
             at = torch.arange(hidden.shape[1])
             rotary = decoder.rotary_emb(hidden, ids[..., None, :])
             length = []
@@ -161,7 +187,7 @@ def recompute(
                 entered = hidden
                 hidden = block(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
                 if prompt.deepstack is not None and layer < len(prompt.deepstack):
-                    hidden[0, :said] += prompt.deepstack[layer][valid]
+                    hidden[0, :said] += prompt.deepstack[layer]
             out = model.get_output_embeddings()(decoder.norm(hidden[0, -1]))
             steps.append(out)
             forbidden = out.clone()
@@ -236,10 +262,18 @@ class Recording:
         return self.choices.get((depth.row, depth.layer))
 
 
+# With random weights the question attends to everything: a higher threshold than the authors' lets tokens go.
+OPTIONS = {"todre-stage2": {"threshold": 1.0}}
+
+
+def in_llm() -> list[Spec]:
+    return [replace(spec, options={**spec.options, **OPTIONS.get(spec.name, {})}) for spec in variants("in_llm")]
+
+
 def wrapped(model: PreTrainedModel, spec: Spec | str) -> mmcompress.Handle:
     spec = Spec.parse(spec)
-    method: typing.Any = METHODS.build(spec.name, spec.options)
-    return mmcompress.wrap(model, spec, keep=KEEP if method.takes_keep else None)
+    method: typing.Any = METHODS.get(spec.name)
+    return mmcompress.wrap(model, spec, keep=KEEP if method.info.takes_keep else None)
 
 
 def generate(model: PreTrainedModel, inputs: dict, **options: typing.Any) -> typing.Any:
@@ -283,7 +317,8 @@ def test_exact(name: str, spec: str, cuts: range, previous: bool, renumbers: boo
     model = family.build(attention)
     for kind in family.kinds:
         inputs = family.inputs(model, kind)
-        expected = recompute(model, name, inputs, cuts, by_last_token(model, name, inputs, cuts, previous), renumbers)
+        choose = by_last_token(model, name, inputs, cuts, previous)
+        expected = recompute(model, whole_prompts(model, name, inputs), cuts, choose, renumbers)
         with wrapped(model, spec) as handle:
             output = generate(model, inputs)
             stats = handle.stats
@@ -291,7 +326,7 @@ def test_exact(name: str, spec: str, cuts: range, previous: bool, renumbers: boo
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", variants("in_llm"), ids=str)
+@pytest.mark.parametrize("spec", in_llm(), ids=str)
 def test_every_method_on_every_family(name: str, spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Generation equals a recomputation, without cache or padding, of what the method chose to keep."""
     family = FAMILIES[name]
@@ -310,11 +345,45 @@ def test_every_method_on_every_family(name: str, spec: Spec, monkeypatch: pytest
             stats, renumbers = handle.stats, handle.llm_method.positions == "renumber" and name not in MROPE
         cuts = {layer for _, layer in recording.choices}
         assert cuts
-        expected = recompute(model, name, inputs, cuts, recording.choose, renumbers)
+        expected = recompute(model, whole_prompts(model, name, inputs), cuts, recording.choose, renumbers)
         assert_exact(output, stats, expected, inputs["input_ids"].shape[1], generate(model, inputs))
 
 
-@pytest.mark.parametrize("spec", variants("in_llm"), ids=str)
+def of_two_parts() -> list[Spec]:
+    specs = variants("pre_llm")
+    return [spec for spec in specs if METHODS.build(spec.name, spec.options).second_part is not None]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("spec", of_two_parts(), ids=str)
+def test_methods_of_two_parts(name: str, spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first part keeps enters the LLM, and generation equals a recomputation of what the second one keeps."""
+    family = FAMILIES[name]
+    model = family.build("sdpa")
+    method: typing.Any = METHODS.build(spec.name, spec.options)
+    facts = encoder_facts(model, name)
+    if facts.no_pre_projector and method.space == "pre_projector":
+        with pytest.raises(UnsupportedError, match="before the projector"):
+            mmcompress.wrap(model, spec, keep=KEEP)
+        return
+    needs = method.needs(facts)
+    inputs = family.inputs(model, "mixed")
+    selections = method.compress([item.item for item in reference_items(model, name, inputs)], Budget(KEEP), needs)
+    with monkeypatch.context() as patching, mmcompress.wrap(model, spec, keep=KEEP) as handle:
+        recording = Recording(patching)
+        output = generate(model, inputs)
+        stats, positions = handle.stats, handle.positions
+        renumbers = handle.llm_method.positions == "renumber" and name not in MROPE
+        with handle.set(keep=0.9):
+            assert handle.keep == 0.9
+    cuts = {layer for _, layer in recording.choices}
+    assert cuts
+    rows = prompts(model, name, inputs, selections, positions, method.space)
+    expected = recompute(model, rows, cuts, recording.choose, renumbers)
+    assert_exact(output, stats, expected, inputs["input_ids"].shape[1], generate(model, inputs))
+
+
+@pytest.mark.parametrize("spec", in_llm(), ids=str)
 def test_choices_do_not_depend_on_the_batch(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES["llava"]
     model = family.build("sdpa")
@@ -354,6 +423,51 @@ def test_beside_a_method_before_the_llm(attention: str) -> None:
             handle.set(keep=0.1)
 
 
+@pytest.mark.parametrize("average", [0.65, 11])
+@pytest.mark.parametrize("spec", [spec for spec in in_llm() if METHODS.get(spec.name).info.takes_keep], ids=str)
+def test_an_average_over_layers(spec: Spec, average: float) -> None:
+    """The schedule with the most tokens of those that leave at most so many per layer."""
+    family = FAMILIES["llava"]
+    model = family.build("sdpa")
+    inputs = family.inputs(model, "single")
+    with mmcompress.wrap(model, spec, keep_avg=average) as handle:
+        model(**inputs)
+        stats, method, llm = handle.stats, handle.llm_method, handle.llm
+        plan = method.plan_average(16, 16 * average if average < 1 else average, llm)
+        cuts = method.layers(llm)
+    assert {item.tokens for item in stats.items} == {16}
+    by_layer = [16.0] * cuts[0] + [
+        float(left) for cut, end, left in zip(cuts, (*cuts[1:], 4), plan, strict=True) for _ in range(cut, end)
+    ]
+    if method.exact_count:
+        assert stats.tokens_per_layer == by_layer
+    target = 16 * average if average < 1 else average
+    more = method.plan(16, plan[-1] + 1, (plan[-1] + 1) / 16, llm)
+    with_more = [16] * cuts[0] + [
+        left for cut, end, left in zip(cuts, (*cuts[1:], 4), more, strict=True) for _ in range(cut, end)
+    ]
+    assert sum(by_layer) / 4 <= target < sum(with_more) / 4
+
+
+def test_an_average_changes_per_call_and_back() -> None:
+    family = FAMILIES["llava"]
+    model = family.build("sdpa")
+    inputs = family.inputs(model, "single")
+    with mmcompress.wrap(model, "fastv(layer=1)", keep_avg=0.5) as handle:
+        with handle.set(keep_avg=0.7):
+            model(**inputs)
+            assert sum(handle.stats.tokens_per_layer) / 4 == pytest.approx(0.7 * 16, abs=0.75)
+        with handle.set(keep=4):
+            model(**inputs)
+            assert handle.stats.tokens_per_layer == [16, 4, 4, 4]
+        with pytest.raises(SpecError, match="cannot leave 20.0%"):
+            handle.set(keep_avg=0.2)
+        with pytest.raises(SpecError, match="not both"):
+            handle.set(keep=0.2, keep_avg=0.5)
+        model(**inputs)
+        assert sum(handle.stats.tokens_per_layer) / 4 <= 8
+
+
 def test_nothing_is_read_after_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES["llava"]
     model = family.build("sdpa")
@@ -377,7 +491,14 @@ def test_nothing_is_read_after_the_prompt(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("llava", ["fastv(keep=0.5)", "uniform(keep=0.5)"], "uniform acts before fastv: give it first"),
         ("llava", ["fastv(keep=0.5)", "test-progressive(keep=0.5)"], "both remove tokens inside the LLM"),
+        ("llava", ["todre(keep=0.5)", "fastv(keep=0.5)"], r"fastv acts too; give todre\(parts=first\) beside it"),
+        ("llava", "todre-stage2(keep=0.5)", "todre-stage2 takes no keep="),
+        ("llava", "todre-stage2(threshold=2)", "threshold=2 must be a share"),
         ("llava", "fastv", "fastv needs keep="),
+        ("llava", "uniform(keep_avg=0.5)", "uniform removes no tokens inside the LLM.*give keep="),
+        ("llava", "todre(keep_avg=0.5)", "todre removes no tokens inside the LLM.*give keep="),
+        ("llava", "fastv(keep_avg=0.4)", "fastv cannot leave 40.0%.*50.0% at the least"),
+        ("llava", "fastv(keep=0.4, keep_avg=0.4)", "not both"),
         ("llava", "fastv(keep=0.5, layer=0)", "layer=0 must be at least 1"),
         ("llava", "fastv(keep=0.5, layer=4)", "layer 4, but the LLM has layers 0..3"),
         ("qwen3_vl", "fastv(keep=0.5, layer=1)", "DeepStack"),

@@ -268,8 +268,6 @@ def test_a_generated_placeholder_is_not_an_image() -> None:
 
 def test_other_caches_are_refused_by_name() -> None:
     inputs = FAMILIES["llava"].inputs(built("llava"), "single")
-    with mmcompress.wrap(built("llava"), "todre", keep=0.5), pytest.raises(UnsupportedError, match="StaticCache"):
-        built("llava").generate(**inputs, max_new_tokens=2, cache_implementation="static")
 
     class QuantizedCache(DynamicCache):
         """Stands for caches that need packages of their own."""
@@ -286,10 +284,7 @@ def test_nan_features_name_the_image() -> None:
         greedy(model, inputs)
 
 
-def test_an_image_cut_by_chunked_prefill_is_refused(request: pytest.FixtureRequest) -> None:
-    if Version(transformers.__version__) < Version("5.20"):
-        reason = "transformers < 5.20 forgets the images of a prompt when it prefills in chunks"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_an_image_cut_by_chunked_prefill_is_refused() -> None:
     model = built("llava")
     inputs = FAMILIES["llava"].inputs(model, "single")
     with mmcompress.wrap(model, "todre", keep=0.5), pytest.raises(UnsupportedError, match="one piece"):
@@ -464,11 +459,11 @@ def test_switching_between_positions_in_a_conversation() -> None:
     inputs = {key: value for key, value in FAMILIES["llava"].inputs(model, "single").items() if key != "attention_mask"}
     seen: list[torch.Tensor] = []
     decoder = model.model.language_model
-    with mmcompress.wrap(model, "todre", keep=0.4, positions="renumber"):
+    with mmcompress.wrap(model, "todre(parts=first)", keep=0.4, positions="renumber"):
         first = model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True)
     stored = first.past_key_values.layers[0].keys.shape[-2]
     ids = torch.cat([first.sequences, inputs["input_ids"][:, 1:]], dim=1)
-    with mmcompress.wrap(model, "todre", keep=0.4, positions="original"):
+    with mmcompress.wrap(model, "todre(parts=first)", keep=0.4, positions="original"):
         hook = decoder.rotary_emb.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs.get("position_ids", args[1] if len(args) > 1 else None)),
             with_kwargs=True,
@@ -574,6 +569,6 @@ def test_published_configurations_can_be_wrapped(name: str) -> None:
     text.num_hidden_layers, text.pad_token_id = 1, None
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
-    with mmcompress.wrap(model, "todre", keep=0.25) as handle:
+    with mmcompress.wrap(model, "todre(parts=first)", keep=0.25) as handle:
         assert handle.positions == ("original" if name.startswith("qwen") else "renumber")
         assert handle.needs.cls_rows == {"llava": (22,), "llava_next": (22,), "internvl": (23,)}.get(name, ())

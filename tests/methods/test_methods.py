@@ -402,7 +402,7 @@ def test_todre_grows_from_the_pivot(objective: Literal["max-sum", "k-center"], i
     pivot = max(candidates, key=lambda i: float(attention[i]))
     budget = len(item) // 2
     expected = todre_order(item.embeddings, pivot, budget, objective)
-    assert method.selection_order(item, budget, needs).tolist() == expected
+    assert method.selection_orders([item], [budget], needs)[0].tolist() == expected
     assert compress(method, needs, item, budget).anchor.tolist() == sorted(expected)
 
 
@@ -429,7 +429,8 @@ def test_todre_without_cls_starts_farthest_from_the_mean(item: VisualItem) -> No
     assert needs == Needs(embeddings=True)
     unit = normalize(item.embeddings.double(), dim=1)
     pivot = int((unit @ unit.mean(dim=0)).argmin())
-    assert ToDRE().selection_order(item, 6, needs).tolist() == todre_order(item.embeddings, pivot, 6, "max-sum")
+    (order,) = ToDRE().selection_orders([item], [6], needs)
+    assert order.tolist() == todre_order(item.embeddings, pivot, 6, "max-sum")
 
 
 @pytest.mark.parametrize(

@@ -428,7 +428,7 @@ def test_divprune_is_greedy_max_min(item: VisualItem) -> None:
     while len(order) < len(item):
         rest = [i for i in tokens if i not in order]
         order.append(max(rest, key=lambda i: min(distance[i][j] for j in order)))
-    assert DivPrune().selection_order(item, len(item)).tolist() == order
+    assert DivPrune().selection_orders([item], [len(item)])[0].tolist() == order
     for budget in range(1, len(item)):
         assert keep(DivPrune(), item, budget) == sorted(order[:budget])
 
@@ -437,7 +437,7 @@ def test_divprune_starts_with_the_loneliest_token() -> None:
     # One alone at 225 degrees, then the one farthest from it, then the one farther from both.
     angles = torch.deg2rad(torch.tensor([0.0, 12.0, 80.0, 90.0, 225.0]))
     item = line(embeddings=torch.stack([angles.cos(), angles.sin()], dim=1).tolist())
-    assert DivPrune().selection_order(item, 4).tolist() == [4, 1, 3, 0]
+    assert DivPrune().selection_orders([item], [4])[0].tolist() == [4, 1, 3, 0]
     assert keep(DivPrune(), item, 2) == [1, 4]
 
 

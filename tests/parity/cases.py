@@ -119,7 +119,7 @@ def _method(path: Path) -> str | None:
 
 
 def _compare_floats(name: str, actual: Tensor, expected: Tensor, case: Case) -> None:
-    rtol, atol = _tolerance(name, expected, case.sidecar.get("tolerance"))
+    rtol, atol = _tolerance(name, expected, case.sidecar.get("tolerance", case.handler.tolerance))
     torch.testing.assert_close(
         actual, expected, rtol=rtol, atol=atol, check_dtype=False, msg=lambda message: f"{name}: {message}"
     )

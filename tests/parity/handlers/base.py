@@ -32,9 +32,11 @@ class Handler:
         run: case -> outputs by tensor name.
         options: options of the method that all cases share, `compat` among them.
         unchecked: outputs that are not compared, each with the reason.
+        tolerance: of floats, where the sidecar gives none, written as there.
     """
 
     method: str
     run: Callable[[Case], Outputs]
     options: Mapping[str, Any] = field(default_factory=dict)
     unchecked: Mapping[str, str] = field(default_factory=dict)
+    tolerance: float | str | None = None

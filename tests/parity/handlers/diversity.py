@@ -30,7 +30,7 @@ def todre(case: Case) -> Outputs:
     needs = method.needs(EncoderFacts(1, 1, (0,)))
     budget = case.params["k"]
     return {
-        "out_selection_order": method.selection_order(item, budget, needs),
+        "out_selection_order": method.selection_orders([item], [budget], needs)[0],
         "out_keep_indices": method.compress([item], Budget(budget), needs)[0].anchor,
     }
 

@@ -138,7 +138,7 @@ def divprune(case: Case) -> Outputs:
     assert budget == round(params["subset_ratio"] * len(tokens))
     item, method = _image(tokens, (1, len(tokens))), METHODS.build("divprune", case.handler.options)
     return {
-        "out_selection_order": method.selection_order(item, budget),
+        "out_selection_order": method.selection_orders([item], [budget])[0],
         "out_keep_indices": _kept(method, ENCODER, [item], budget)[0],
     }
 

@@ -1,0 +1,34 @@
+"""Where and with what numbers were made."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mmcompress
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    return {
+        "mmcompress": mmcompress.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(["mmcompress", *sys.argv[1:]]),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
