@@ -136,12 +136,12 @@ def alter(path: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
 
 
 def nudged(tensor: Tensor) -> Tensor:
-    """The tensor with its last element altered: masks flip, indices move by one, values by 0.1 % of the largest."""
+    """The tensor with its last element altered: masks flip, indices move by one, values by 1 % of the largest."""
     changed = tensor.clone()
     if tensor.dtype == torch.bool:
         changed.view(-1)[-1] ^= True
         return changed
-    changed.view(-1)[-1] += 1e-3 * tensor.abs().max() if tensor.is_floating_point() else 1
+    changed.view(-1)[-1] += 1e-2 * tensor.abs().max() if tensor.is_floating_point() else 1
     return changed
 
 
@@ -200,7 +200,7 @@ def test_nothing_that_is_wrong_is_passed_over(tmp_path: Path) -> None:
     assert status == 1
     assert set(re.findall(r"^FAILED \S*\[(\S+?)\]", output, re.MULTILINE)) == wrong | {"unheard_of_case.json"}
     assert "7 failed, 1 passed" in output and "skipped" not in output
-    assert "no handler for 'unheard_of_case'; known prefixes: vtc_cls_, todre_" in output
+    assert "no handler for 'unheard_of_case'; known prefixes: " in output
 
     # What cannot be read may belong to the method that is asked for; what can be read and does not is left out.
     assert {path.name for path in choose(tmp_path, {"vtc-cls"})} == wrong | {"vtc_cls_case_good.json"}
