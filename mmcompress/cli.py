@@ -162,7 +162,7 @@ def info(
     console = Console()
     console.print(f"[bold]{escape(str(spec))}[/]  {card.family}, stage {card.stage}\n{card.summary}\n")
     console.print(inspect.getdoc(type(configured)), markup=False, highlight=False)
-    console.print(f"\ncount    {'exactly' if configured.exact_count else 'at most'} the budget")
+    console.print(f"\ncount    {'exactly the budget' if configured.exact_count else 'by a rule of its own, see above'}")
     console.print(f"cite     {escape(card.paper) or 'nothing to cite'}", highlight=False)
     authors = f"; the authors' code: {card.licence}" if card.licence else ""
     console.print(f"licence  Apache-2.0, written from the paper{authors}\n" if card.paper else "licence  Apache-2.0\n")

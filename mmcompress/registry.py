@@ -191,5 +191,6 @@ def _describe(hint: Any) -> str:
 
 
 METHODS = Registry("method", "mmcompress.methods", "mmcompress.methods")
-POLICIES = Registry("KV policy", None, "mmcompress.policies")
+POLICIES = Registry("KV policy", "mmcompress.policies", "mmcompress.policies")
 register = METHODS.register
+register_policy = POLICIES.register

@@ -105,7 +105,7 @@ def test_info_says_what_a_method_needs_of_every_family() -> None:
     assert "cls_rows of layer 22; embeddings" in todre
     assert "CLS token" in succeed("info", "vtc-cls")
     assert "received_attention of layers 23, 31" in received
-    assert "at most the budget" in succeed("info", "pool") and "no options" in succeed("info", "pool")
+    assert "by a rule of its own" in succeed("info", "pool") and "no options" in succeed("info", "pool")
 
 
 def test_run_prints_both_answers_and_the_savings() -> None:

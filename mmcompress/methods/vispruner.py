@@ -15,7 +15,7 @@ from mmcompress.ranking import choose_per_tile
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
 
-ROWS_AT_ONCE = 1024
+NEAREST, ROWS_AT_ONCE = 16, 1024
 
 
 @register(
@@ -70,10 +70,42 @@ class VisPruner(VisualMethod):
 
     def _diverse(self, unit: Tensor, residual: Tensor, count: int) -> Tensor:
         """Reduce the indices `residual`, most attended first, to `count` by removing duplicates in `unit`."""
+        neighbours = None
         while 0 < count < len(residual):
+            if neighbours is None or neighbours.missed > len(residual):
+                neighbours = Neighbours(unit, residual)
             pruned = min(self.prune_per_step, len(residual) - count)
             even, odd = residual[::2], residual[1::2]
-            others = unit[odd].T
-            closeness = torch.cat([(rows @ others).amax(dim=1) for rows in unit[even].split(ROWS_AT_ONCE)])
+            closeness = neighbours.closeness(even, odd)
             residual = torch.cat([even[closeness.argsort(descending=True, stable=True)[pruned:]], odd])
         return residual[:count]
+
+
+class Neighbours:
+    """The most similar others of tokens: of as many as there are, one is soon found among any half of the tokens.
+
+    Args:
+        unit: `[tokens, width]` normalised.
+        some: indices of the tokens that are compared.
+    """
+
+    def __init__(self, unit: Tensor, some: Tensor) -> None:
+        self.unit, self.missed = unit, 0
+        nearest = min(NEAREST, len(some))
+        self.similarity = unit.new_empty(len(unit), nearest)
+        self.index = some.new_empty(len(unit), nearest)
+        compared = unit[some].T
+        for rows in some.split(ROWS_AT_ONCE):
+            self.similarity[rows], places = (unit[rows] @ compared).topk(nearest)
+            self.index[rows] = some[places]
+
+    def closeness(self, tokens: Tensor, others: Tensor) -> Tensor:
+        """How similar each of `tokens` is to the most similar of `others`, of which it is none."""
+        is_other = torch.zeros(len(self.unit), dtype=torch.bool, device=tokens.device).index_fill(0, others, True)
+        found = is_other[self.index[tokens]]
+        closeness = self.similarity[tokens].masked_fill(~found, -torch.inf).amax(dim=1)
+        lost = (~found.any(dim=1)).nonzero()[:, 0]
+        self.missed += len(lost)
+        for missed in lost.split(ROWS_AT_ONCE):
+            closeness[missed] = (self.unit[tokens[missed]] @ self.unit[others].T).amax(dim=1)
+        return closeness

@@ -10,11 +10,12 @@ from functools import cache
 
 import pytest
 import torch
+from hf.fake_devices import HERE, THERE, PretendedDevices, put_there
 from hf.fake_flash import fake_flash_attention
 from hf.families import FAMILIES, IMAGE, Kind
 from hf.oracle import encoder_facts, reference_items
 from hf.test_exactness import _second_turn, generate
-from hf.test_llm_stage import MROPE, Entering, last_row, only_here, prompts
+from hf.test_llm_stage import MROPE, Entering, in_llm, last_row, only_here, prompts
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -22,11 +23,12 @@ from transformers import PreTrainedModel
 import mmcompress
 from mmcompress.budget import Budget
 from mmcompress.registry import METHODS
-from mmcompress.types import Selection
+from mmcompress.spec import Spec
+from mmcompress.types import Positions, Selection
 
 __all__ = ["only_here"]  # registers `test-progressive`
 
-TOLERANCE = 1e-5
+KEEP, TOLERANCE = 0.4, 1e-5
 
 
 @dataclass(frozen=True)
@@ -296,3 +298,39 @@ def test_training_loss_and_gradients(name: str, setup: Setup) -> None:
         torch.testing.assert_close(trained[key].grad, gradient, atol=1e-4, rtol=1e-3)
     projector = [value.grad for key, value in model.named_parameters() if "projector" in key or "merger" in key]
     assert projector and all(bool(gradient.isfinite().all()) and bool(gradient.any()) for gradient in projector)
+
+
+@pytest.mark.parametrize(
+    ("spec", "positions"), [*((spec, "original") for spec in in_llm()), (Spec("fastv"), "renumber")], ids=str
+)
+def test_layers_on_two_devices(spec: Spec, positions: Positions) -> None:
+    model = FAMILIES["llava"].build("sdpa")
+    decoder: typing.Any = model.base_model.get_decoder()
+    one = FAMILIES["llava"].inputs(model, "single")
+    keep = KEEP if METHODS.get(spec.name).info.takes_keep else None
+
+    def talk() -> list[typing.Any]:
+        first = generate(model, one, steps=3)
+        later = _second_turn(first, one, one["input_ids"][:, 1:]) | {"pixel_values": one["pixel_values"]}
+        return [first, generate(model, later, steps=3), generate(model, FAMILIES["llava"].inputs(model, "mixed"))]
+
+    with mmcompress.wrap(model, spec, keep=keep, positions=positions):
+        expected = talk()
+        for module in (*decoder.layers[1:], decoder.norm, model.lm_head):
+            put_there(module)
+        model.lm_head.register_forward_hook(lambda module, args, output: output.to(HERE))
+        with PretendedDevices():
+            outputs = talk()
+            assert outputs[-1].past_key_values.layers[1].keys.device == THERE
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(output.sequences, wanted.sequences)
+        torch.testing.assert_close(torch.stack(output.logits), torch.stack(wanted.logits), atol=TOLERANCE, rtol=0)
+
+
+def test_pretended_devices_do_not_mix() -> None:
+    with PretendedDevices():
+        there = torch.ones(2, 3).to(THERE)
+        assert (there + 1)[torch.tensor([0])].device == THERE
+        for mixed in (lambda: there + torch.ones(3), lambda: torch.ones(3)[there[0].long()]):
+            with pytest.raises(RuntimeError, match="two devices"):
+                mixed()

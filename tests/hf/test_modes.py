@@ -180,13 +180,13 @@ def test_a_compiled_model(graphs: list) -> None:
     inputs = FAMILIES["llava"].inputs(model, "single")
     del inputs["attention_mask"]
     with mmcompress.wrap(model, SPECS["stack"]), torch.no_grad():
-        expected = generate(model, inputs, steps=3)
+        expected = generate(model, inputs, steps=2)
         compiled = torch.compile(model, backend="counting")
         output = compiled(**inputs, use_cache=True)
-        for step in range(3):
-            torch.testing.assert_close(output.logits[:, -1], expected.logits[step], atol=TOLERANCE, rtol=0)
-            token = expected.sequences[:, step - 3][:, None]
-            output = compiled(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        torch.testing.assert_close(output.logits[:, -1], expected.logits[0], atol=TOLERANCE, rtol=0)
+        token = expected.sequences[:, -2:-1]
+        output = compiled(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        torch.testing.assert_close(output.logits[:, -1], expected.logits[1], atol=TOLERANCE, rtol=0)
     assert graphs
 
 

@@ -1,0 +1,1 @@
+"""KV-cache policies, one per file."""
