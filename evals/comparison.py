@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmcompress.budget import Budget
 from mmcompress.errors import MMCompressError
 from mmcompress.evals import report
 from mmcompress.evals.environment import environment
@@ -47,7 +48,13 @@ def every_method(model: Any) -> tuple[list[str], dict[str, str]]:
 
 
 def plan(model: Any, methods: Sequence[str], keeps: Sequence[int | float]) -> Comparison:
-    """Every one of `methods` at every one of `keeps`; see `Run` for what they mean."""
+    """Every one of `methods` at every one of `keeps`; see `Run` for what they mean.
+
+    Raises:
+        SpecError: a budget is out of range.
+    """
+    for keep in keeps:
+        Budget(keep)
     runs: list[Run] = [(None, 1.0)]
     left_out = {}
     ruled = [method for method in methods if not _takes_keep(method)]

@@ -204,6 +204,8 @@ def configure(methods: str | None, keep: int | float | None) -> CompressionConfi
         card: Any = METHODS.get(last.name)
         inside = card.info.stage == "in_llm"
         entering = prod(spec.keep.keep for spec in before if spec.keep is not None)
+        if before and not 0 < keep <= entering:
+            raise SpecError(f"{methods}: keep={keep} is more than enters the LLM, {entering:g}, or no fraction.")
         last = replace(last, keep=Budget(keep / entering if before else keep, average=inside))
     return CompressionConfig((*before, last))
 

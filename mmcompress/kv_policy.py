@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from mmcompress import ops
 from mmcompress.errors import SpecError
 from mmcompress.registry import MethodInfo
+from mmcompress.types import Positions
 
 Schedule = Literal["prefill", "step"]
 Scope = Literal["all", "visual", "text"]
@@ -23,14 +25,16 @@ class KVNeeds:
     """What a policy reads of a layer's attention beside keys and values; nothing of it is an attention map.
 
     Args:
-        queries: how many of the prompt's last queries; None for all of them.
+        queries: how many of the prompt's last queries, or those of the text behind the last visual token.
         unrotated: whether these are wanted as they are before rotation.
         steps: whether the query of every later token is read too.
+        masses: whether a layer's budget depends on `Evictor.mass` of all layers, so that entries go behind the last.
     """
 
-    queries: int | None = 0
+    queries: int | Literal["all", "question"] = 0
     unrotated: bool = False
     steps: bool = False
+    masses: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,12 @@ class KVRow:
         visual: `[kv_heads, entries]` bool, which entries are of visual tokens.
         seen: tokens of the sequence so far; entries of some of them may be gone.
         scaling: factor on the logits.
-        query: `[heads, queries, dim]` of the last tokens of the sequence, rotated; None unless asked for.
+        generated: how many tokens came behind the prompt.
+        query: `[heads, queries, dim]` of the last tokens, whose entries are the last ones, rotated; None unless asked
+            for.
         unrotated: the same before rotation.
         observed: `[kv_heads, entries]`, what `Evictor.observe` said of each entry, summed; None before the first time.
+        masses: `[layers]`, what `Evictor.mass` said of each layer; None unless asked for.
         rotation: place -> cosines and sines `[..., dim]` of that position.
     """
 
@@ -60,10 +67,40 @@ class KVRow:
     visual: Tensor
     seen: int
     scaling: float
+    generated: int = 0
     query: Tensor | None = None
     unrotated: Tensor | None = None
     observed: Tensor | None = None
+    masses: Tensor | None = None
     rotation: Rotation | None = None
+
+    @property
+    def entries(self) -> int:
+        """How many are held per KV head."""
+        return self.key.shape[1]
+
+    @property
+    def last_seen(self) -> Tensor:
+        """The last entry that each query sees `[queries]`."""
+        assert self.query is not None
+        return torch.arange(self.entries - self.query.shape[1], self.entries, device=self.key.device)
+
+    def rows(self) -> Tensor:
+        """Causal softmax rows of `query`, float32 `[kv_heads, group, queries, entries]`."""
+        assert self.query is not None
+        rows = ops.attention_rows(self.query[None], self.key[None], self.scaling, self.last_seen)
+        return self.grouped(rows[0])
+
+    def column_sums(self) -> Tensor:
+        """How much `query` attends to each entry, float32 `[kv_heads, group, entries]`; its rows never exist."""
+        assert self.query is not None
+        attention = (self.query[None], self.key[None], self.scaling, self.last_seen)
+        lse = ops.attention_lse(*attention)
+        return self.grouped(ops.weighted_colsum(*attention, lse, torch.ones_like(lse))[0])
+
+    def grouped(self, heads: Tensor) -> Tensor:
+        """`[heads, ...]` by the KV heads they share (GQA) `[kv_heads, group, ...]`."""
+        return heads.unflatten(0, (len(self.key), -1))
 
 
 class KVPolicy(ABC):
@@ -88,19 +125,34 @@ class Evictor(KVPolicy):
 
     @property
     def schedule(self) -> Schedule:
-        """When entries go: once behind the prompt, or then and again whenever a step exceeds the budget."""
+        """When entries go: once behind the prompt, or then and again behind every step."""
         return "prefill"
+
+    @property
+    def positions(self) -> Positions:
+        """Whether what stays keeps its positions; if not, the coming token's is the number of entries held."""
+        return "original"
+
+    def mass(self, row: KVRow) -> Tensor:
+        """What this layer's budget is in proportion to, one number, for policies that compare layers."""
+        raise NotImplementedError
 
     def budget(self, row: KVRow, keep: int) -> int:
         """How many entries this layer may hold per head, where all layers together may hold `keep` on average."""
         return keep
 
-    def head_budgets(self, scores: Tensor, keep: int) -> Tensor:
-        """How many of `[kv_heads, entries]` each head may hold `[kv_heads]`, where they may hold `keep` on average."""
-        return torch.full(scores.shape[:1], keep, device=scores.device)
+    def head_budgets(self, scores: Tensor, stays: Tensor, keep: int) -> list[int]:
+        """How many entries each head may hold, those that must stay included, where all may hold `keep` on average.
 
-    def protected(self, row: KVRow) -> Tensor:
-        """`[kv_heads, entries]` bool, entries that always stay: sinks, the recent window."""
+        Args:
+            scores: `[kv_heads, entries]`.
+            stays: likewise bool, the entries that must stay, at most `keep` per head.
+            keep: fewer than there are entries.
+        """
+        return [keep] * len(scores)
+
+    def protected(self, row: KVRow, keep: int) -> Tensor:
+        """`[kv_heads, entries]` bool, of `keep` entries those that always stay: sinks, the recent window."""
         return torch.zeros_like(row.visual)
 
     def observe(self, row: KVRow) -> Tensor:
@@ -109,7 +161,7 @@ class Evictor(KVPolicy):
 
     @abstractmethod
     def score(self, row: KVRow) -> Tensor:
-        """How much each entry is worth keeping, float32 `[kv_heads, entries]`."""
+        """How much each entry is worth keeping, float32 `[kv_heads, entries]`; of no account where it must stay."""
 
     def select(self, row: KVRow, keep: int) -> list[Tensor]:
         """Per KV head the entries that stay, ascending; of equal ones the earlier.
@@ -117,17 +169,26 @@ class Evictor(KVPolicy):
         Raises:
             SpecError: what must stay exceeds the budget.
         """
-        scores = self.score(row)
-        stays = self.protected(row)
+        budget = self.budget(row, keep)
+        if budget >= row.entries:
+            return [torch.arange(row.entries, device=row.key.device)] * len(row.key)
+        stays = self.protected(row, keep)
         if self.scope != "all":
             stays = stays | (row.visual != (self.scope == "visual"))
-        budgets = self.head_budgets(scores, min(self.budget(row, keep), scores.shape[1]))
-        if bool((stays.sum(dim=1) > budgets).any()):
-            raise SpecError(
-                f"{self.info.name}: {int(stays.sum(dim=1).max())} entries must stay; keep={keep} is too few."
-            )
+        needed = int(stays.sum(dim=1).max())
+        if needed > budget:
+            raise SpecError(f"{self.info.name}: {needed} entries must stay, layer {row.layer} may hold {budget}.")
+        scores = self.score(row)
+        budgets = self.head_budgets(scores, stays, budget)
         order = scores.masked_fill(stays, torch.inf).argsort(dim=1, descending=True, stable=True)
-        return [row[:count].sort().values for row, count in zip(order, budgets.tolist(), strict=True)]
+        return [ranked[:count].sort().values for ranked, count in zip(order, budgets, strict=True)]
+
+    def hold(self, row: KVRow, kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values `[kept, dim]` of what stays, per KV head; policies that merge put more into them."""
+        return (
+            [key[indices] for key, indices in zip(row.key, kept, strict=True)],
+            [value[indices] for value, indices in zip(row.value, kept, strict=True)],
+        )
 
 
 @dataclass(frozen=True)

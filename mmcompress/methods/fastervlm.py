@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mmcompress.method import VisualMethod
 from mmcompress.methods._attention import Score, attention, attention_needs
@@ -28,9 +29,17 @@ class FasterVLM(VisualMethod):
     Args:
         score: "cls" reads the CLS token's row; "received" reads the attention a token receives from all tokens, for
             encoders without CLS.
+        compat: "official" lets no newline token into the LLM, as the authors' code does. In transformers padding is
+            removed in any case, so what of the budget goes to padding in their code is not lost.
     """
 
     score: Score = "cls"
+    compat: Literal["none", "official"] = "none"
+
+    @property
+    def newlines(self) -> bool:
+        """Whether newline tokens stay."""
+        return self.compat == "none"
 
     def needs(self, encoder: EncoderFacts) -> Needs:
         """The CLS row of the last used layer (or received attention of the last global one)."""

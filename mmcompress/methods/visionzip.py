@@ -13,7 +13,7 @@ from mmcompress.errors import SpecError
 from mmcompress.merging import in_raster_order, merge_by_tile
 from mmcompress.method import VisualMethod
 from mmcompress.methods._attention import Score, attention, attention_needs
-from mmcompress.ranking import top_indices
+from mmcompress.ranking import tile_shares, top_indices
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs, Selection, Space, VisualItem
 
@@ -40,8 +40,10 @@ class VisionZip(VisualMethod):
             encoders without CLS.
         contextual: share of the budget that is contextual; default: 10 of 64, as in the paper.
         space: "pre_projector" merges the encoder's features, as published; "projected" merges projected tokens.
-        compat: "official" lets no newline token into the LLM, as the authors' code does. In transformers padding is
-            removed in any case, so what of the budget goes to padding in their code is not lost.
+        compat: "official" orders tokens as the authors' code does: of a tile the dominant ones, then the contextual
+            ones; of tiled images first all of the thumbnail, then all dominant ones of the crops in raster order, then
+            the contextual ones crop by crop. No newline token enters the LLM. In transformers padding is removed in any
+            case, so what of the budget goes to padding in the authors' code is not lost.
     """
 
     score: Score = "cls"
@@ -78,7 +80,18 @@ class VisionZip(VisualMethod):
 
     def select(self, item: VisualItem, budget: int, needs: Needs) -> Selection:
         """Dominant and contextual tokens in raster order."""
-        return in_raster_order(self.merge(item, budget, needs))
+        merged = self.merge(item, budget, needs)
+        return self._in_official_order(merged, item, budget) if self.compat == "official" else in_raster_order(merged)
+
+    def _in_official_order(self, merged: Selection, item: VisualItem, budget: int) -> Selection:
+        """Dominant tokens of the crops of a tiled image by their places, before all contextual ones of the crops."""
+        if item.crops is None:
+            return merged
+        shares = [share for _, share in tile_shares(item.tiles, budget)]
+        dominant = torch.cat([torch.arange(share) < share - self.contextual_count(share) for share in shares])
+        places = torch.where(dominant.to(merged.anchor.device), merged.anchor, len(item))
+        order = places.masked_fill(item.tiles[merged.anchor] == 0, -1).argsort(stable=True)
+        return Selection(merged.anchor[order], merged.weight[order])
 
     def _merge_tile(self, scores: Tensor, keys: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         contextual = self.contextual_count(budget)

@@ -15,7 +15,7 @@ from mmcompress.ranking import choose_per_tile
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs, Selection, VisualItem
 
-NEAREST, ROWS_AT_ONCE = 16, 1024
+NEAREST, ROWS_AT_ONCE = 32, 1024
 
 
 @register(
@@ -82,7 +82,10 @@ class VisPruner(VisualMethod):
 
 
 class Neighbours:
-    """The most similar others of tokens: of as many as there are, one is soon found among any half of the tokens.
+    """The nearest tokens of each one, `NEAREST` of them: mostly one belongs to a half of all tokens, whichever half.
+
+    `missed` counts how often none did, so that all tokens had to be looked at; as tokens are removed, it happens more
+    often, and pays to make a new table of those left.
 
     Args:
         unit: `[tokens, width]` normalised.
@@ -107,5 +110,5 @@ class Neighbours:
         lost = (~found.any(dim=1)).nonzero()[:, 0]
         self.missed += len(lost)
         for missed in lost.split(ROWS_AT_ONCE):
-            closeness[missed] = (self.unit[tokens[missed]] @ self.unit[others].T).amax(dim=1)
+            closeness[missed] = (self.unit[tokens[missed]] @ self.unit.T).masked_fill(~is_other, -torch.inf).amax(dim=1)
         return closeness
