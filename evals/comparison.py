@@ -58,13 +58,16 @@ def plan(model: Any, methods: Sequence[str], keeps: Sequence[int | float]) -> Co
     runs: list[Run] = [(None, 1.0)]
     left_out = {}
     ruled = [method for method in methods if not _takes_keep(method)]
-    wanted: list[Run] = [(method, keep) for keep in keeps for method in methods if method not in ruled]
-    for method, keep in [*wanted, *((method, None) for method in ruled)]:
+    wanted: list[tuple[str, int | float | None]] = [
+        *((method, keep) for keep in keeps for method in methods if method not in ruled),
+        *((method, None) for method in ruled),
+    ]
+    for method, budget in wanted:
         try:
-            wrap(model, configure(method, keep)).unwrap()
-            runs.append((method, keep))
+            wrap(model, configure(method, budget)).unwrap()
+            runs.append((method, budget))
         except MMCompressError as error:
-            left_out[f"{method} at {report.budget(keep)}"] = str(error)
+            left_out[f"{method} at {report.budget(budget)}"] = str(error)
     return Comparison(runs, left_out)
 
 

@@ -76,6 +76,7 @@ class Stats:
         row_kept: prompt tokens per row that entered the LLM.
         shape: the LLM's dimensions.
         row_left: by layer before which tokens were removed inside the LLM, prompt tokens per row from there on.
+        kv_held: bytes that keys and values occupy now, padding included, under a KV policy; None without one.
         reused: the share of the encoder's work that was done before, so that `seconds.encoder` covers the rest.
         seconds: time by stage, decode steps included as they happen.
     """
@@ -85,6 +86,7 @@ class Stats:
     row_kept: Sequence[int]
     shape: LLMShape
     row_left: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    kv_held: int | None = None
     reused: float = 0.0
     seconds: StageSeconds = field(default_factory=StageSeconds)
 

@@ -81,3 +81,19 @@ def largest_remainder(total: int, sizes: Sequence[int]) -> list[int]:
     for i in by_remainder[: total - sum(shares)]:
         shares[i] += 1
     return shares
+
+
+def require_ratios(name: str, ratios: Sequence[float], removals: int) -> None:
+    """Refuse shares that are not one for each of `removals` but the last, or do not descend within (0, 1]."""
+    if len(ratios) != removals - 1:
+        raise SpecError(
+            f"{name}: ratios={list(ratios)} must be {removals - 1}, one for every removal but the last, whose share is "
+            "keep."
+        )
+    if list(ratios) != sorted(set(ratios), reverse=True) or not all(0 < ratio <= 1 for ratio in ratios):
+        raise SpecError(f"{name}: ratios={list(ratios)} must descend within (0, 1], as in [0.5, 0.25].")
+
+
+def left_by(ratios: Sequence[float], tokens: int, keep: int) -> list[int]:
+    """Every share of `tokens` rounded down, at least `keep`, and `keep` at the end."""
+    return [*(max(keep, Budget(float(ratio)).tokens(tokens)) for ratio in ratios), keep]

@@ -228,14 +228,18 @@ def require_halving(name: str, tokens: int, keep: int, layers: int) -> None:
         )
 
 
-def constant_ratio_at(layers: Sequence[int], tokens: int, keep: int, encoder: EncoderFacts) -> list[int]:
-    """Tokens left after each layer of `encoder` if those of `layers` keep the same fraction and the others all."""
-    targets = dict(zip(layers, constant_ratio(tokens, keep, len(layers)), strict=True))
-    left = []
+def left_at(layers: Sequence[int], targets: Sequence[int], tokens: int, encoder: EncoderFacts) -> list[int]:
+    """Tokens left after each layer of `encoder` if those of `layers` leave `targets` and the others all."""
+    by_layer, left = dict(zip(layers, targets, strict=True)), []
     for layer in range(encoder.used):
-        tokens = targets.get(layer, tokens)
+        tokens = by_layer.get(layer, tokens)
         left.append(tokens)
     return left
+
+
+def constant_ratio_at(layers: Sequence[int], tokens: int, keep: int, encoder: EncoderFacts) -> list[int]:
+    """Tokens left after each layer of `encoder` if those of `layers` keep the same fraction and the others all."""
+    return left_at(layers, constant_ratio(tokens, keep, len(layers)), tokens, encoder)
 
 
 def constant_ratio(tokens: int, keep: int, steps: int) -> list[int]:

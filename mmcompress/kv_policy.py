@@ -25,7 +25,7 @@ class KVNeeds:
     """What a policy reads of a layer's attention beside keys and values; nothing of it is an attention map.
 
     Args:
-        queries: how many of the prompt's last queries, or those of the text behind the last visual token.
+        queries: how many of the prompt's last queries, or those of the text behind the last visual token, at least one.
         unrotated: whether these are wanted as they are before rotation.
         steps: whether the query of every later token is read too.
         masses: whether a layer's budget depends on `Evictor.mass` of all layers, so that entries go behind the last.
@@ -85,11 +85,12 @@ class KVRow:
         assert self.query is not None
         return torch.arange(self.entries - self.query.shape[1], self.entries, device=self.key.device)
 
-    def rows(self) -> Tensor:
-        """Causal softmax rows of `query`, float32 `[kv_heads, group, queries, entries]`."""
+    def rows(self, last: int | None = None) -> Tensor:
+        """Causal softmax rows of `query`, the `last` ones or all, float32 `[kv_heads, group, rows, entries]`."""
         assert self.query is not None
-        rows = ops.attention_rows(self.query[None], self.key[None], self.scaling, self.last_seen)
-        return self.grouped(rows[0])
+        first = 0 if last is None else max(0, self.query.shape[1] - last)
+        query = self.query[None, :, first:]
+        return self.grouped(ops.attention_rows(query, self.key[None], self.scaling, self.last_seen[first:])[0])
 
     def column_sums(self) -> Tensor:
         """How much `query` attends to each entry, float32 `[kv_heads, group, entries]`; its rows never exist."""
@@ -177,7 +178,9 @@ class Evictor(KVPolicy):
             stays = stays | (row.visual != (self.scope == "visual"))
         needed = int(stays.sum(dim=1).max())
         if needed > budget:
-            raise SpecError(f"{self.info.name}: {needed} entries must stay, layer {row.layer} may hold {budget}.")
+            raise SpecError(
+                f"{self.info.name}: {needed} entries must stay, but layer {row.layer} may hold {budget}; raise keep."
+            )
         scores = self.score(row)
         budgets = self.head_budgets(scores, stays, budget)
         order = scores.masked_fill(stays, torch.inf).argsort(dim=1, descending=True, stable=True)

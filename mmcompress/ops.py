@@ -4,6 +4,7 @@ from mmcompress.kernels.attention_colsum.reference import attention_colsum, atte
 from mmcompress.kernels.attention_rows.reference import attention_rows
 from mmcompress.kernels.dpp_select.reference import dpp_select
 from mmcompress.kernels.greedy_select.reference import greedy_select
+from mmcompress.kernels.kv_quant.reference import kv_dequant, kv_quant, pack_bits, unpack_bits
 
 __all__ = [
     "attention_colsum",
@@ -11,5 +12,9 @@ __all__ = [
     "attention_rows",
     "dpp_select",
     "greedy_select",
+    "kv_dequant",
+    "kv_quant",
+    "pack_bits",
+    "unpack_bits",
     "weighted_colsum",
 ]

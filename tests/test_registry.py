@@ -122,8 +122,8 @@ def test_unknown_methods_are_named_with_the_nearest(name: str, message: str) -> 
 
 
 def test_a_policy_that_does_not_exist_is_called_a_policy() -> None:
-    with pytest.raises(SpecError, match="unknown KV policy 'snapkv'"):
-        POLICIES.get("snapkv")
+    with pytest.raises(SpecError, match=r"unknown KV policy 'snapkw'\. Did you mean 'snapkv'\?"):
+        POLICIES.get("snapkw")
 
 
 def test_build_sets_options() -> None:

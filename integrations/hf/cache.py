@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
@@ -23,9 +24,9 @@ class PrunedLayer(CacheLayerMixin):
 
     dropped = 0
 
+    @abstractmethod
     def physical_length(self) -> Any:
         """Tokens stored; a static layer that was written to says it as a tensor."""
-        return super().get_seq_length()
 
     def get_seq_length(self) -> Any:
         """Tokens seen."""
@@ -40,6 +41,10 @@ class PrunedLayer(CacheLayerMixin):
 class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
     """A `PrunedLayer` that grows."""
 
+    def physical_length(self) -> int:
+        """Tokens stored."""
+        return DynamicLayer.get_seq_length(self)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys a query of `query_length` meets."""
         return self.physical_length() + query_length, 0
@@ -47,6 +52,10 @@ class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
 
 class PrunedStaticLayer(PrunedLayer, StaticLayer):
     """A `PrunedLayer` of fixed size."""
+
+    def physical_length(self) -> int | Tensor:
+        """Tokens stored."""
+        return StaticLayer.get_seq_length(self)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,34 @@ class Stretch:
         return Stretch(self.mask[rows.to(self.mask.device)], shift)
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a layer holds under a KV policy.
+
+    Args:
+        valid: `[batch, entries]` bool, which entries are no padding.
+        place: `[batch, kv_heads, entries]`, which token of its row each entry is of.
+        visual: `[batch, kv_heads, entries]` bool, which are of visual tokens.
+        seen: `[batch]`, tokens of each row so far.
+        generated: `[batch]`, how many of them came behind the last prompt.
+        capacity: `[batch]`, entries per head that the policy may leave.
+        observed: `[batch, kv_heads, entries]`, what it counted of each; None if it does not count.
+    """
+
+    valid: Tensor
+    place: Tensor
+    visual: Tensor
+    seen: Tensor
+    generated: Tensor
+    capacity: Tensor
+    observed: Tensor | None = None
+
+    def take(self, rows: Tensor) -> Held:
+        """Only the rows numbered `rows`."""
+        named = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Held(**{name: None if part is None else part[rows.to(part.device)] for name, part in named.items()})
+
+
 @dataclass
 class CacheState:
     """What must outlive one forward pass, kept on the cache so that it dies with it.
@@ -75,23 +112,26 @@ class CacheState:
         mask: `[batch, physical]` bool, which tokens stored in the first layer are real.
         shift: `[batch]`, by how much renumbered positions lag behind the original ones.
         stretches: by layer, what is different from there on.
+        held: by layer, what a KV policy left.
         floor: how many tokens were seen when the last one arrived that compression may have removed.
     """
 
     mask: Tensor | None = None
     shift: Tensor | None = None
     stretches: dict[int, Stretch] = field(default_factory=dict)
+    held: dict[int, Held] = field(default_factory=dict)
     floor: int = 0
 
     def copy(self) -> CacheState:
         """The same, to be changed without changing this one."""
-        return CacheState(self.mask, self.shift, dict(self.stretches), self.floor)
+        return CacheState(self.mask, self.shift, dict(self.stretches), dict(self.held), self.floor)
 
     def take(self, rows: Tensor) -> None:
         """Follow a cache whose rows became those numbered `rows`."""
         self.mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
         self.shift = None if self.shift is None else self.shift[rows.to(self.shift.device)]
         self.stretches = {layer: stretch.take(rows) for layer, stretch in self.stretches.items()}
+        self.held = {layer: held.take(rows) for layer, held in self.held.items()}
 
 
 class PrunedCache(Cache):

@@ -33,6 +33,7 @@ from mmcompress.integrations.hf.clock import Span, StageClock
 from mmcompress.integrations.hf.encoder_stage import EncoderStage
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.generation import FEATURE_INPUTS, Generation
+from mmcompress.integrations.hf.kv_stage import KVRun, KVStage
 from mmcompress.integrations.hf.llm_stage import LLMStage, Prompt, Run, eagerly
 from mmcompress.integrations.hf.placement import Placed, place_items
 from mmcompress.integrations.hf.text_tower import TextTower
@@ -105,11 +106,13 @@ class Door:
         positions: Positions,
         model: Any,
         llm_stage: LLMStage | None = None,
+        kv_stage: KVStage | None = None,
     ) -> None:
         self._family = family
         self._method = method
         self._needs = Needs(embeddings=True) if isinstance(method, EncoderMethod) else needs
         self.llm_stage = llm_stage
+        self.kv_stage = kv_stage
         self._positions = positions
         self._newlines = not isinstance(method, VisualMethod) or method.newlines
         self._stage = None
@@ -125,6 +128,7 @@ class Door:
         self.clock = StageClock()
         self.stats: Stats | None = None
         self.trace: list[Trace] = []
+        self.kv_held: int | None = None
         self.vision = Vision(family, self._needs, self._projector, self._stage)
         self._generation = Generation(model)
         base, decoder = family.base, self._decoder
@@ -156,15 +160,15 @@ class Door:
             hook.remove()
         self._generation.remove()
         self.vision.remove()
-        if self.llm_stage is not None:
-            self.llm_stage.remove()
+        for stage in (self.llm_stage, self.kv_stage):
+            if stage is not None:
+                stage.remove()
 
     @eagerly
     def _before_base(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A keyboard interrupt skips the hook after the pass: every pass begins by forgetting the last.
         self._forward.visual, self._forward.call = {}, Call()
-        if self.llm_stage is not None:
-            self.llm_stage.end()
+        self._end_stages()
         outputs = kwargs.get("mm_encoder_outputs") or {}
         self.vision.begin(outputs)
         # The token ids alone would not tell: a generated token may equal the placeholder.
@@ -183,10 +187,14 @@ class Door:
     def _after_base(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._forward.call.cache is not None:
             self._forward.call.cache.entered = False
-        if self.llm_stage is not None:
-            self.llm_stage.end()
+        self._end_stages()
         self._forward.visual, self._forward.call = {}, Call()
         self.vision.end()
+
+    def _end_stages(self) -> None:
+        for stage in (self.llm_stage, self.kv_stage):
+            if stage is not None:
+                stage.end()
 
     @eagerly
     def _before_decoder(
@@ -194,7 +202,7 @@ class Door:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         visual, cache = self._forward.visual, kwargs.get("past_key_values")
         self._forward.call = Call()
-        if not visual and not isinstance(cache, PrunedCache):
+        if not visual and not isinstance(cache, PrunedCache) and self.kv_stage is None:
             return None
         if cache is None and (module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
             cache = DynamicCache(config=module.config)
@@ -238,7 +246,12 @@ class Door:
         )
         kwargs["position_ids"] = positions
         if self.llm_stage is not None:
-            self.llm_stage.begin(Run(call.cache, state, valid, past, positions, kwargs["inputs_embeds"], prompt))
+            run = Run(call.cache, state, valid, past, positions, kwargs["inputs_embeds"], prompt)
+            self.llm_stage.begin(run)
+        if self.kv_stage is not None and call.cache is not None:
+            seen = torch.zeros_like(valid) if prompt is None else prompt.visual
+            inside = None if self.llm_stage is None else run
+            self.kv_stage.begin(KVRun(call.cache, state, valid, seen, past, positions, call.tail, inside))
         return kwargs
 
     def _require_same_layers(self, state: CacheState) -> None:
@@ -385,6 +398,10 @@ class Door:
             call.cache.state = call.state
         call.span.stop()
         run = None if self.llm_stage is None else self.llm_stage.end()
+        if self.kv_stage is not None and call.cache is not None:
+            self.kv_stage.end()
+            held: list[Any] = call.cache.layers
+            self.kv_held = sum(part.nbytes for layer in held for part in (layer.keys, layer.values))
         if call.removal is None:
             if kwargs["inputs_embeds"].shape[1] == 1:
                 self.clock.add("decode", call.span)

@@ -19,7 +19,9 @@ from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.cache import adopt
 from mmcompress.integrations.hf.door import Door
 from mmcompress.integrations.hf.families import FAMILIES, Family
+from mmcompress.integrations.hf.kv_stage import KVStage
 from mmcompress.integrations.hf.llm_stage import LLMStage, llm_facts, require_in_llm
+from mmcompress.kv_policy import Evictor
 from mmcompress.llm_method import LLMFacts, LLMMethod
 from mmcompress.method import VisualMethod
 from mmcompress.registry import METHODS, POLICIES, Stage
@@ -39,6 +41,7 @@ class Handle:
         config: what was asked for.
         method: the configured method that decides what enters the LLM; None if all does.
         llm_method: the configured method that acts inside the LLM, if there is one.
+        policy: the configured KV policy, if there is one.
         needs: the statistics `method` reads, with layers resolved for this model.
         encoder: what it knows of the vision encoder.
         llm: what is known of the LLM.
@@ -47,7 +50,7 @@ class Handle:
 
     def __init__(self, family: Family, config: CompressionConfig, model: Any) -> None:
         stages = _stages(config)
-        self.method, self.llm_method = stages.vision, stages.llm
+        self.method, self.llm_method, self.policy = stages.vision, stages.llm, stages.kv
         self.config = config
         self.encoder: EncoderFacts = family.facts()
         self.llm: LLMFacts = llm_facts(family)
@@ -76,7 +79,15 @@ class Handle:
             )
         keep = stages.keep or Budget(1.0)
         self._door: Door | None = Door(
-            family, self.method, self.needs, self.encoder, keep, self.positions, model, llm_stage=llm_stage
+            family,
+            self.method,
+            self.needs,
+            self.encoder,
+            keep,
+            self.positions,
+            model,
+            llm_stage=llm_stage,
+            kv_stage=None if self.policy is None else KVStage(family, self.policy, stages.kv_keep or Budget(1.0)),
         )
         setattr(self._base, _MARK, self)
 
@@ -84,7 +95,7 @@ class Handle:
     def stats(self) -> Stats | None:
         """What the last prefill with visual input kept and saved; None before the first."""
         door = self._active()
-        return None if door.stats is None else replace(door.stats, seconds=door.clock.read())
+        return None if door.stats is None else replace(door.stats, seconds=door.clock.read(), kv_held=door.kv_held)
 
     @property
     def trace(self) -> list[Trace]:
@@ -109,6 +120,8 @@ class Handle:
         Raises:
             SpecError: the budget is out of range; the one in force stays.
         """
+        if not self.config.methods:
+            raise SpecError("the budget of a KV policy stays; unwrap the model and wrap it again with another.")
         if len(self.config.methods) > 1:
             raise SpecError("two methods have two budgets; unwrap the model and wrap it again with those you want.")
         stage = self._budgeted
@@ -232,6 +245,8 @@ class _Stages:
     keep: Budget | None = None
     llm: LLMMethod | None = None
     llm_keep: Budget | None = None
+    kv: Evictor | None = None
+    kv_keep: Budget | None = None
 
 
 def _method(spec: Spec) -> Method:
@@ -244,11 +259,8 @@ def _method(spec: Spec) -> Method:
 
 
 def _stages(config: CompressionConfig) -> _Stages:
-    if config.kv is not None:
-        POLICIES.get(config.kv.name)
-        raise UnsupportedError(f"KV policy {config.kv.name!r}: the Hugging Face engine applies no KV policies yet.")
-    if not config.methods:
-        raise SpecError(f"give a method. Available: {', '.join(METHODS.names())}.")
+    if not config.methods and config.kv is None:
+        raise SpecError(f"give a method or a KV policy. Available: {', '.join(METHODS.names())}.")
     stages = _Stages()
     for spec in config.methods:
         method = _method(spec)
@@ -267,7 +279,33 @@ def _stages(config: CompressionConfig) -> _Stages:
             raise SpecError(f"{spec.name} acts before {stages.llm.info.name}: give it first.")
         part = method.second_part if isinstance(method, VisualMethod) else None
         stages = _Stages(method, spec.keep, part)
-    return stages
+    if config.kv is None:
+        return stages
+    return replace(stages, kv=_policy(config.kv), kv_keep=config.kv.keep)
+
+
+def _policy(spec: Spec) -> Evictor:
+    """The configured KV policy.
+
+    Raises:
+        SpecError: it is malformed, or lacks its budget.
+        UnsupportedError: this engine cannot apply it.
+    """
+    policy: Any = POLICIES.build(spec.name, spec.options)
+    reason = ""
+    if not isinstance(policy, Evictor):
+        reason = "it changes how entries are held, and this engine's caches only drop them"
+    elif policy.positions == "renumber":
+        reason = "it numbers entries anew, and this engine leaves their positions"
+    elif policy.needs().masses:
+        reason = "it compares all layers before any of them loses entries"
+    elif type(policy).head_budgets is not Evictor.head_budgets:
+        reason = "its heads hold different numbers of entries"
+    if reason:
+        raise UnsupportedError(f"KV policy {spec.name} cannot be applied yet: {reason}.")
+    if spec.keep is None or spec.keep.average:
+        raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a count of entries, as in keep=512.")
+    return policy
 
 
 def _require_one_inside(stages: _Stages, method: LLMMethod) -> None:

@@ -220,7 +220,7 @@ class LLMStage:
         if run.prompt is not None and layer in self.cuts:
             rotary = {**kwargs, **run.replaced.get(layer, {})}["position_embeddings"]
             hidden = self._cut(run, run.prompt.to(hidden.device), layer, hidden, rotary)
-        return (hidden, *args[1:]), {**kwargs, **run.replaced.get(layer, {}), "position_ids": None}
+        return (hidden, *args[1:]), {**kwargs, **run.replaced.get(layer, {})}
 
     def _extend(self, run: Run, layer: int) -> None:
         """Go on behind a prompt of which the layers from `layer` on stored a part."""

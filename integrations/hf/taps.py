@@ -48,6 +48,7 @@ def _tapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
     config: Any = module.config
+    module = module._module if isinstance(module, _Delegate) else module  # tapped twice
     config.mmcompress_tap(query, key, attention_mask, kwargs)
     original = config.mmcompress_original
     implementation = original._attn_implementation

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmcompress.budget import Budget
+from mmcompress.budget import left_by, require_ratios
 from mmcompress.errors import SpecError
 from mmcompress.llm_method import LLMFacts, LLMMethod
 from mmcompress.types import Positions
@@ -32,16 +32,8 @@ class ProgressiveMethod(LLMMethod):
         name, layers, ratios = self.info.name, self.prune_layers, self.ratios
         if layers is not None and (not layers or layers[0] < 1 or list(layers) != sorted(set(layers))):
             raise SpecError(f"{name}: prune_layers={list(layers)} must ascend from 1 or more, as in [7, 9, 12].")
-        if ratios is None:
-            return
-        before_last = len(self.paper_layers if layers is None else layers) - 1
-        if len(ratios) != before_last:
-            raise SpecError(
-                f"{name}: ratios={list(ratios)} must be {before_last}, one for every removal but the last, whose share "
-                "is keep."
-            )
-        if list(ratios) != sorted(set(ratios), reverse=True) or not all(0 < ratio <= 1 for ratio in ratios):
-            raise SpecError(f"{name}: ratios={list(ratios)} must descend within (0, 1], as in [0.5, 0.25].")
+        if ratios is not None:
+            require_ratios(name, ratios, len(self.paper_layers if layers is None else layers))
 
     @property
     def positions(self) -> Positions:
@@ -59,4 +51,4 @@ class ProgressiveMethod(LLMMethod):
     def schedule(self, tokens: int, keep: int, ratio: float, llm: LLMFacts) -> list[int]:
         """Every share of `tokens` rounded down, and `keep`."""
         shares = self.shares(ratio, len(self.layers(llm))) if self.ratios is None else self.ratios
-        return [*(max(keep, Budget(float(share)).tokens(tokens)) for share in shares), keep]
+        return left_by(shares, tokens, keep)

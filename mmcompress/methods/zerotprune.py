@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmcompress import ops
-from mmcompress.encoder_method import EncoderMethod, LayerTokens, Reduction, Step, constant_ratio_at
+from mmcompress.budget import left_by, require_ratios
+from mmcompress.encoder_method import EncoderMethod, LayerTokens, Reduction, Step, constant_ratio, left_at
 from mmcompress.ranking import top_indices
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs
@@ -29,21 +30,24 @@ _QUIET, _LOUD = 0.01, 0.7
 )
 @dataclass(frozen=True)
 class ZeroTPrune(EncoderMethod):
-    """Importance and similarity pruning at the end of layers 1, 3, 6, 9 and 11 of 12 (Sections 3.2 and 3.3).
+    """Importance and similarity pruning at the end of a few layers (Sections 3.2 and 3.3), here 1, 3, 6, 9, 11 of 12.
 
     Importance is weighted PageRank on the attention map of a layer, per head: 50 iterations in the first quarter of
     the encoder, 1 in the last, 10 between. Heads whose scores, of mean 1, vary by less than 0.01 or more than 0.7 are
     left out, unless all are; the others are joined by the root of their mean square. After one iteration, the less
     important half of the patches is compared with the other by keys, and its most similar ones are pruned; what then
     ranks lowest on the graph that is left, rows summing to 1 again, goes too. Each of the two removes half of what
-    the layer does, and each layer keeps the same fraction; the paper searches these rates.
+    the layer does.
 
     Args:
         start: where importance comes from: "cls" begins with CLS at the root of N times the others, "uniform" with
             all tokens alike.
+        ratios: shares of the tokens left by every pruning layer but the last, which leaves `keep`; shares below `keep`
+            count as `keep`. The paper searches them; None: each layer keeps the same fraction.
     """
 
     start: Literal["cls", "uniform"] = "cls"
+    ratios: tuple[float, ...] | None = None
 
     def needs(self, encoder: EncoderFacts) -> Needs:
         """The attention graph and the keys of the pruning layers."""
@@ -51,8 +55,14 @@ class ZeroTPrune(EncoderMethod):
         return Needs(received_attention=layers, keys=layers, cls_rows=layers if self.start == "cls" else ())
 
     def schedule(self, tokens: int, keep: int, encoder: EncoderFacts) -> list[Step]:
-        """A constant ratio over the pruning layers."""
-        lefts = constant_ratio_at(_layers(encoder), tokens, keep, encoder)
+        """The given ratios, or a constant one, over the pruning layers."""
+        layers = _layers(encoder)
+        if self.ratios is None:
+            targets = constant_ratio(tokens, keep, len(layers))
+        else:
+            require_ratios(self.info.name, self.ratios, len(layers))
+            targets = left_by(self.ratios, tokens, keep)
+        lefts = left_at(layers, targets, tokens, encoder)
         return [Step(left, first=(before - left) // 2) for before, left in pairwise([tokens, *lefts])]
 
     def reduce(self, tokens: LayerTokens, step: Step) -> Reduction:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
@@ -23,3 +24,8 @@ def pool(scores: Tensor, kernel: int, pooling: Pooling) -> Tensor:
     if pooling == "max":
         return max_pool1d(scores[None], kernel, stride=1, padding=kernel // 2)[0]
     return avg_pool1d(scores[None], kernel, stride=1, padding=kernel // 2)[0]
+
+
+def text_first(scores: Tensor, visual: Tensor) -> Tensor:
+    """Scores at least 0 `[kv_heads, entries]`, those of text raised above all that are `visual`."""
+    return torch.where(visual, scores, scores + scores.where(visual, 0.0).amax(dim=1, keepdim=True))

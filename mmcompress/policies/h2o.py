@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from mmcompress.kv_policy import KVRow
-from mmcompress.policies._heavy_hitters import HeavyHitters
-from mmcompress.policies._scores import reduce_group
+from mmcompress.policies._heavy_hitters import RunningHeavyHitters
 from mmcompress.registry import register_policy
 
 
@@ -20,9 +16,5 @@ from mmcompress.registry import register_policy
     paper="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, arXiv:2306.14048",
 )
 @dataclass(frozen=True)
-class H2O(HeavyHitters):
-    """Attention is summed over all queries so far (Section 4; Algorithm 1)."""
-
-    def observe(self, row: KVRow) -> Tensor:
-        """Column sums of attention."""
-        return reduce_group(row.column_sums(), self.group_reduction)
+class H2O(RunningHeavyHitters):
+    """Attention is summed over all queries so far (Section 4; Algorithm 1); half of what stays is recent."""

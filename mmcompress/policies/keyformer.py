@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmcompress.errors import SpecError
 from mmcompress.kv_policy import KVRow
-from mmcompress.policies._heavy_hitters import HeavyHitters
+from mmcompress.policies._heavy_hitters import RunningHeavyHitters
 from mmcompress.policies._noise import gumbel
 from mmcompress.policies._scores import GroupReduction, reduce_group
 from mmcompress.registry import register_policy
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 64
     licence="Apache-2.0",
 )
 @dataclass(frozen=True)
-class Keyformer(HeavyHitters):
+class Keyformer(RunningHeavyHitters):
     """Every query adds softmax((logits + Gumbel noise) / temperature) to the entries' scores (Section 3).
 
     Args:

@@ -66,7 +66,7 @@ class StreamingLLM(Evictor):
             assert row.rotation is not None
             places = torch.arange(row.entries, device=row.key.device)
             keys = [
-                rotate(unrotate(key, row.rotation(indices)), row.rotation(places[: len(indices)])).to(key.dtype)
+                rotate(unrotate(key.float(), row.rotation(indices)), row.rotation(places[: len(indices)])).to(key.dtype)
                 for key, indices in zip(keys, kept, strict=True)
             ]
         return keys, values

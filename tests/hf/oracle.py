@@ -498,6 +498,38 @@ def _row_logits(model: PreTrainedModel, row: _Row, tokens: Sequence[int]) -> Ten
     return model.get_output_embeddings()(hidden)[0]
 
 
+@dataclass(frozen=True)
+class Entering:
+    """A row as it enters the LLM, nothing padded; `candidate` `[tokens]` tells what may go there."""
+
+    row: _Row
+    candidate: Tensor
+
+
+def whole_prompts(model: PreTrainedModel, name: str, inputs: Inputs) -> list[Entering]:
+    """Every row as the plain model sees it."""
+    every = [Selection.everything(len(item.positions)) for item in reference_items(model, name, inputs)]
+    return prompts(model, name, inputs, every, "original", "projected")
+
+
+@torch.no_grad()
+def prompts(
+    model: PreTrainedModel,
+    name: str,
+    inputs: Inputs,
+    selections: Sequence[Selection],
+    positions: Positions,
+    space: Space,
+) -> list[Entering]:
+    """Every row with what `selections` leave of its items."""
+    items = reference_items(model, name, inputs)
+    rows = _compressed(model, name, inputs, items, selections, positions, space, True)
+    visual = [torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool) for _ in rows]
+    for item in items:
+        visual[item.row][item.positions] = True
+    return [Entering(row, mask[columns]) for mask, (row, columns) in zip(visual, rows, strict=True)]
+
+
 @torch.no_grad()
 def recompute(
     model: PreTrainedModel,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from hf.families import FAMILIES
-from hf.oracle import _compressed, _Row, encoder_facts, reference_items
+from hf.oracle import Entering, encoder_facts, prompts, reference_items, whole_prompts
 from registered import variants
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ from mmcompress.llm_method import LLMFacts, LLMMethod, LLMNeeds, PromptRow
 from mmcompress.ranking import top_indices
 from mmcompress.registry import METHODS, register
 from mmcompress.spec import Spec
-from mmcompress.types import Positions, Selection, Space
+from mmcompress.types import Positions, Selection
 
 STEPS, KEEP, TOLERANCE = 5, 0.4, 1e-5
 MROPE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
@@ -116,36 +116,6 @@ class Recomputed:
     tokens: list[list[int]]
     logits: Tensor
     lengths: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Entering:
-    """A row as it enters the LLM, nothing padded; `candidate` `[tokens]` tells what may go there."""
-
-    row: _Row
-    candidate: Tensor
-
-
-def whole_prompts(model: PreTrainedModel, name: str, inputs: dict) -> list[Entering]:
-    every = [Selection.everything(len(item.positions)) for item in reference_items(model, name, inputs)]
-    return prompts(model, name, inputs, every, "original", "projected")
-
-
-@torch.no_grad()
-def prompts(
-    model: PreTrainedModel,
-    name: str,
-    inputs: dict,
-    selections: list[Selection],
-    positions: Positions,
-    space: Space,
-) -> list[Entering]:
-    items = reference_items(model, name, inputs)
-    rows = _compressed(model, name, inputs, items, selections, positions, space, True)
-    visual = [torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool) for _ in rows]
-    for item in items:
-        visual[item.row][item.positions] = True
-    return [Entering(row, mask[columns]) for mask, (row, columns) in zip(visual, rows, strict=True)]
 
 
 @torch.no_grad()
@@ -460,7 +430,7 @@ def test_an_average_changes_per_call_and_back() -> None:
         with handle.set(keep=4):
             model(**inputs)
             assert handle.stats.tokens_per_layer == [16, 4, 4, 4]
-        with pytest.raises(SpecError, match="cannot leave 20.0%"):
+        with pytest.raises(SpecError, match=r"cannot leave 20\.0%"):
             handle.set(keep_avg=0.2)
         with pytest.raises(SpecError, match="not both"):
             handle.set(keep=0.2, keep_avg=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import typing
 from collections.abc import Iterator
@@ -244,13 +245,14 @@ def test_caches_with_sliding_windows_are_refused() -> None:
 # --- assisted decoding, and none that is cached
 
 
-def _echoing(name: str, model: PreTrainedModel) -> dict:
+def _echoing(name: str, model: PreTrainedModel, padding: int = 0) -> dict:
     """A prompt whose end has been there before, so that candidates are found for the very first pass."""
     inputs = FAMILIES[name].inputs(model, "single")
     echo = torch.tensor([[40, 41, 42, 43, 44]])
     begin, rest = inputs["input_ids"][:, :1], inputs["input_ids"][:, 1:]
-    inputs["input_ids"] = torch.cat([begin, echo, rest, torch.tensor([[35, 40, 41]])], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    before = torch.full((1, padding), PAD)
+    inputs["input_ids"] = torch.cat([before, begin, echo, rest, torch.tensor([[35, 40, 41]])], 1)
+    inputs["attention_mask"] = (inputs["input_ids"] != PAD).long()
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
     return inputs
@@ -273,26 +275,32 @@ def _assistant(kind: str, model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    ("name", "assistant"),
+    ("name", "assistant", "attention"),
     [
-        ("llava", "lookup"),
-        ("llava", "itself"),
-        ("llava", "text model"),
-        ("qwen2_5_vl", "lookup"),
-        ("qwen2_5_vl", "itself"),
+        ("llava", "lookup", "sdpa"),
+        ("llava", "lookup", "flash"),
+        ("llava", "itself", "sdpa"),
+        ("llava", "text model", "sdpa"),
+        ("qwen2_5_vl", "lookup", "sdpa"),
+        ("qwen2_5_vl", "itself", "flash"),
     ],
 )
 @every_spec
-def test_assisted_decoding(name: str, assistant: str, spec: typing.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_assisted_decoding(
+    name: str, assistant: str, attention: str, spec: typing.Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first pass reads candidates along with the prompt, and rejected ones leave the cache."""
     if assistant == "text model" and Version("5.19") > TRANSFORMERS:
         pytest.skip("transformers < 5.19 passes pixels on to assistants that read only text")
     model = FAMILIES[name].build("sdpa")
-    inputs = _echoing(name, model)
+    inputs = _echoing(name, model, padding=2)
     how = (
         {"prompt_lookup_num_tokens": 3} if assistant == "lookup" else {"assistant_model": _assistant(assistant, model)}
     )
-    with mmcompress.wrap(model, spec) as handle:
+    with (
+        fake_flash_attention(model) if attention == "flash" else nullcontext(),
+        mmcompress.wrap(model, spec) as handle,
+    ):
         expected = generate(model, inputs, steps=9)
         rows = handle.stats.rows_by_layer
         tails, cropped = [], []
@@ -321,34 +329,60 @@ def test_generating_without_a_cache(name: str, spec: typing.Any) -> None:
     assert_differs(output, model, inputs)
 
 
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("how", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_nothing_is_chosen_after_the_prompt(how: dict, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if static and "num_beams" not in how:
-        pytest.skip("transformers offers no assisted decoding with static caches")
+@pytest.mark.parametrize(
+    "how",
+    [{"num_beams": 3}, {"num_beams": 3, "cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}],
+    ids=str,
+)
+def test_nothing_is_chosen_after_the_prompt(how: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     model = built("llava")
     inputs = _echoing("llava", model)
     calls = []
     reduce = LLMMethod.reduce
     monkeypatch.setattr(LLMMethod, "reduce", lambda self, row, left: calls.append(row.layer) or reduce(self, row, left))
     with mmcompress.wrap(model, SPECS["several"]):
-        generate(model, inputs, **how, **({"cache_implementation": "static"} if static else {}))
+        generate(model, inputs, **how)
     assert calls == [layer for layer in (2, 3) for _ in range(how.get("num_beams", 1))]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
 @every_spec
-def test_an_answer_taken_back(spec: typing.Any) -> None:
+def test_an_answer_taken_back(attention: str, spec: typing.Any) -> None:
     model = built("llava")
-    inputs = _echoing("llava", model)
-    length = inputs["input_ids"].shape[1]
-    with mmcompress.wrap(model, spec), torch.no_grad():
+    inputs = FAMILIES["llava"].inputs(model, "mixed")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    end = int((ids == IMAGE).any(0).nonzero().max()) + 1
+    with (
+        fake_flash_attention(model) if attention == "flash" else nullcontext(),
+        mmcompress.wrap(model, spec),
+        torch.no_grad(),
+    ):
         first = generate(model, inputs)
         past = first.past_key_values
-        with pytest.raises(UnsupportedError, match="cannot crop a cache to 9 tokens: the first 24 are compressed"):
+        with pytest.raises(UnsupportedError, match=f"crop a cache to 9 tokens: the first {end} are compressed"):
             past.crop(9 - past.get_seq_length())
-        past.crop(length - 2 - past.get_seq_length())  # the last two tokens of the prompt come again
-        again = model(input_ids=inputs["input_ids"][:, -2:], past_key_values=past)
+        past.crop(ids.shape[1] - 2 - past.get_seq_length())  # the last two tokens of the prompts come again
+        positions = (mask.cumsum(1) - 1)[:, -2:]
+        again = model(input_ids=ids[:, -2:], attention_mask=mask, position_ids=positions, past_key_values=past)
     torch.testing.assert_close(again.logits[:, -1], first.logits[0], atol=TOLERANCE, rtol=0)
+
+
+@every_spec
+def test_caches_follow_their_rows(spec: typing.Any) -> None:
+    model = built("llava")
+    inputs = FAMILIES["llava"].inputs(model, "images")
+    with mmcompress.wrap(model, spec), torch.no_grad():
+        output = model(**inputs, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        step = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        expected = model(input_ids=token, past_key_values=copy.deepcopy(output.past_key_values), **step).logits
+        chosen = torch.tensor([1, 0])
+        output.past_key_values.batch_repeat_interleave(2)
+        output.past_key_values.batch_select_indices(torch.tensor([3, 0]))
+        step = {key: value[chosen] for key, value in step.items()}
+        got = model(input_ids=token[chosen], past_key_values=output.past_key_values, **step).logits
+    torch.testing.assert_close(got, expected[chosen], atol=TOLERANCE, rtol=0)
 
 
 def test_a_cache_goes_on_with_the_layers_it_began_with() -> None:

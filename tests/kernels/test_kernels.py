@@ -50,7 +50,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def test_every_op_has_ground_truth_and_its_tests_here() -> None:
     folders = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__")
-    assert folders == OPS == ["attention_colsum", "attention_rows", "dpp_select", "greedy_select"]
+    assert folders == OPS == ["attention_colsum", "attention_rows", "dpp_select", "greedy_select", "kv_quant"]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -364,6 +364,16 @@ def test_zerotprune_prunes_at_the_papers_layers() -> None:
     assert [step.first for step in steps] == [0, 81, 0, 27, 0, 0, 9, 0, 0, 3, 0, 1]
 
 
+def test_zerotprune_takes_a_schedule() -> None:
+    method = METHODS.build("zerotprune", {"ratios": (0.9, 0.75, 0.5, 0.29)})
+    assert left_by(method, 100, 20, EncoderFacts(12, 12, ())) == [100, 90, 90, 75, 75, 75, 50, 50, 50, 29, 29, 20]
+    assert left_by(method, 100, 60, EncoderFacts(12, 12, ())) == [100, 90, 90, 75, 75, 75, *[60] * 6]
+    with pytest.raises(SpecError, match=r"zerotprune: ratios=\[.*\] must be 1, one for every removal but the last"):
+        method.plan(100, 20, EncoderFacts(3, 2, (0, 1)))
+    with pytest.raises(SpecError, match=r"zerotprune: ratios=\[.*\] must descend within"):
+        ZeroTPrune(ratios=(0.5, 0.5, 0.4, 0.2)).plan(100, 20, CLIP_L)
+
+
 @pytest.mark.parametrize(("layer", "iterations"), [(0, 50), (1, 50), (2, 10), (4, 10)])
 def test_importance_is_pagerank_over_telling_heads(layer: int, iterations: int) -> None:
     graph = (2 * torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(layer))).softmax(-1)

@@ -215,6 +215,27 @@ def test_visionzip_splits_as_published(kept: int, contextual: int) -> None:
     assert (rows.count_nonzero(dim=0) == 1).sum() == (576 if contextual else kept), "a token goes into one output"
 
 
+def test_visionzip_official_order() -> None:
+    """The thumbnail, then what is dominant in any crop by place, then what is contextual crop by crop."""
+    crops = [1 + (row >= 2) * 2 + (column >= 3) for row in range(4) for column in range(5)]
+    item = replace(item_of(7, (9, 20)), tiles=torch.tensor([0] * 9 + crops), crops=(2, 2), grids=((3, 3), (4, 5)))
+    plain, official = VisionZip(contextual=0.4), VisionZip(contextual=0.4, compat="official")
+    merged = plain.merge(item, 14, plain.needs(SMALL))
+    groups: dict[str, list[int]] = {"thumbnail": [], "dominant": [], "contextual": []}
+    for tile, share in enumerate(largest_remainder(14, torch.bincount(item.tiles).tolist())):
+        anchors = [i for i in merged.anchor.tolist() if item.tiles[i] == tile]
+        dominant = share - round(share * 0.4)
+        groups["thumbnail" if tile == 0 else "dominant"] += anchors[:dominant]
+        groups["thumbnail" if tile == 0 else "contextual"] += anchors[dominant:]
+    selection = compress(official, item, 14)
+    order = groups["thumbnail"] + sorted(groups["dominant"]) + groups["contextual"]
+    assert selection.anchor.tolist() == order != sorted(order)
+    assert groups["dominant"] != sorted(groups["dominant"]), "crops share the rows of their plane"
+    assert rows_of(selection) == rows_of(compress(plain, item, 14))
+    frames = ITEMS["frames"]
+    assert compress(official, frames, 9).anchor.tolist() == plain.merge(frames, 9, plain.needs(SMALL)).anchor.tolist()
+
+
 def test_visionzip_adds_the_mean_of_what_joins() -> None:
     tokens = 6
     item = replace(

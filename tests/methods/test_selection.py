@@ -13,7 +13,7 @@ from torch import Tensor
 from mmcompress.budget import Budget, largest_remainder
 from mmcompress.errors import SpecError
 from mmcompress.method import VisualMethod
-from mmcompress.methods import holov
+from mmcompress.methods import holov, vispruner
 from mmcompress.methods.divprune import DivPrune
 from mmcompress.methods.fastervlm import FasterVLM
 from mmcompress.methods.hiprune import HiPrune
@@ -170,6 +170,16 @@ def test_vispruner_removes_duplicates(item: VisualItem, score: Score, ratio: flo
     similarity = cosines(item.features)
     for budget in {1, 2, 3, len(item) // 4 + 1, len(item) // 2, len(item) - 1}:
         assert keep(method, item, budget) == vispruner_reading(item, budget, score, ratio, step, similarity)
+
+
+@pytest.mark.parametrize(("nearest", "rows_at_once"), [(1, 2), (3, 5)])
+def test_vispruner_does_not_depend_on_how_many_neighbours_it_knows(
+    nearest: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [keep(VisPruner(prune_per_step=2), ITEMS["plane"], budget) for budget in range(1, 35)]
+    monkeypatch.setattr(vispruner, "NEAREST", nearest)
+    monkeypatch.setattr(vispruner, "ROWS_AT_ONCE", rows_at_once)
+    assert [keep(VisPruner(prune_per_step=2), ITEMS["plane"], budget) for budget in range(1, 35)] == expected
 
 
 def test_vispruner_by_hand() -> None:

@@ -1,6 +1,7 @@
 """Golden cases: finding, reading and comparing them.
 
-A case is a JSON sidecar with parameters and the role of every tensor, and the tensors of the same stem beside it.
+A case is a JSON sidecar with parameters and the tensors of the same stem beside it. The sidecar gives the role of every
+tensor, or the handler says which ones are given; entries of a sidecar's rows then count as tensors `rows.NUMBER.ENTRY`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity.handlers import HANDLERS, Handler, Kept
+from parity.handlers import HANDLERS, Handler, Kept, matches
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,8 +29,8 @@ class Case:
     Args:
         handler: what recomputes it.
         sidecar: the whole JSON.
-        inputs: tensors of role "input", half precision upcast.
-        expected: tensors of role "output", likewise.
+        inputs: what is given, half precision upcast.
+        expected: what is to be recomputed, likewise.
     """
 
     handler: Handler
@@ -41,6 +42,22 @@ class Case:
     def params(self) -> Mapping[str, Any]:
         """The parameters the case was made with."""
         return self.sidecar["params"]
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        """Those of `expected` that are compared."""
+        return {name: value for name, value in self.expected.items() if not matches(name, self.handler.unchecked)}
+
+    def gap(self, name: str) -> float:
+        """How far the last kept and the first dropped of output `name` are apart in score, as the sidecar states it.
+
+        Where it states nothing, that is too little to tell if it gives no roles either, and enough if it does.
+        """
+        gaps = self.sidecar.get("gaps", {})
+        own = [gap for scorer, gap in gaps.items() if name.endswith(f"_{scorer}")]
+        stated = [self.sidecar.get("topk_gap"), self.sidecar.get("total_gap"), *(own or gaps.values())]
+        roles = any("role" in tensor for tensor in self.sidecar["tensors"].values())
+        return min((gap for gap in stated if gap is not None), default=torch.inf if roles else 0.0)
 
 
 def find_handler(stem: str) -> Handler | None:
@@ -57,7 +74,7 @@ def choose(folder: Path, methods: Collection[str]) -> list[Path]:
         for path in found
         if "manifests" not in path.relative_to(folder).parts and not path.stem.startswith("common_T")
     ]
-    return sorted(path for path in cases if not methods or _method(path) in {*methods, None})
+    return sorted(path for path in cases if not methods or _of_methods(path, methods))
 
 
 def load(path: Path) -> Case:
@@ -66,34 +83,35 @@ def load(path: Path) -> Case:
     assert handler is not None, f"no handler for {path.stem!r}; known prefixes: {', '.join(HANDLERS)}"
     assert _sidecar(path).exists(), f"{path.name} has no sidecar"
     sidecar = json.loads(path.read_text(encoding="utf-8"))
-    tensors = {}
-    if "inputs" in sidecar:
-        tensors.update(load_file(path.with_name(f"{sidecar['inputs']}.safetensors")))
-    if path.with_suffix(".safetensors").exists():
-        tensors.update(load_file(path.with_suffix(".safetensors")))
-    declared = sidecar["tensors"]
-    assert declared.keys() == tensors.keys(), f"sidecar and file disagree on {sorted(declared.keys() ^ tensors.keys())}"
-    by_role: dict[str, dict[str, Tensor]] = {"input": {}, "output": {}}
-    for name, tensor in tensors.items():
+    own = load_file(path.with_suffix(".safetensors")) if path.with_suffix(".safetensors").exists() else {}
+    declared, shared = sidecar["tensors"], _shared_inputs(path, sidecar.get("inputs"))
+    differing = (declared.keys() ^ own.keys()) - shared.keys()
+    assert not differing, f"sidecar and file disagree on {sorted(differing)}"
+    for name, tensor in own.items():
         shape = list(tensor.shape)
         assert shape == declared[name]["shape"], f"{name} is {shape}, its sidecar says {declared[name]['shape']}"
+    given = {*shared, *(name for name in own if declared[name].get("role") == "input" or matches(name, handler.inputs))}
+    tensors = {**shared, **own}
+    for number, row in enumerate(sidecar.get("rows", [])):
+        entries = {f"rows.{number}.{entry}": torch.tensor(value) for entry, value in row.items()}
+        given |= {name for name in entries if matches(name, handler.inputs)}
+        tensors |= entries
+    by_role: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+    for name, tensor in tensors.items():
         half = tensor.dtype in (torch.float16, torch.bfloat16)
-        by_role[declared[name]["role"]][name] = tensor.float() if half else tensor
-    return Case(handler, sidecar, by_role["input"], by_role["output"])
+        by_role[name in given][name] = tensor.float() if half else tensor
+    return Case(handler, sidecar, by_role[True], by_role[False])
 
 
 def check(case: Case) -> None:
     """Recompute the case and compare every output that is not listed as unchecked."""
-    outputs = {name: value for name, value in case.expected.items() if name not in case.handler.unchecked}
-    assert outputs, "the case has no output to check"
+    assert case.outputs, "the case has no output to check"
     actual = case.handler.run(case)
-    for name, expected in outputs.items():
+    for name, expected in case.outputs.items():
         assert name in actual, f"{name} is not checked"
         value = actual[name]
-        if isinstance(value, Kept) and _gap(case.sidecar) < SMALLEST_GAP:
-            _compare_floats(name, value.scores[value.indices].sort().values, value.scores[expected].sort().values, case)
-            continue
-        value = value.indices if isinstance(value, Kept) else value
+        if isinstance(value, Kept):
+            value, expected = _sets(name, value, expected, by_score=case.gap(name) < SMALLEST_GAP)
         if expected.is_floating_point():
             _compare_floats(name, value, expected, case)
         else:
@@ -107,15 +125,41 @@ def _sidecar(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _method(path: Path) -> str | None:
-    """The method a case belongs to, "" if it names none; None if its sidecar cannot be read."""
+def _of_methods(path: Path, methods: Collection[str]) -> bool:
+    """Whether a case belongs to `methods`; one whose sidecar cannot be read may."""
     handler = find_handler(path.stem)
     if handler is not None:
-        return handler.method
+        return not handler.methods.isdisjoint(methods)
     try:
-        return str(json.loads(_sidecar(path).read_text(encoding="utf-8")).get("method", "")).replace("_", "-")
+        return json.loads(_sidecar(path).read_text(encoding="utf-8")).get("method", "").replace("_", "-") in methods
     except (OSError, ValueError, AttributeError):
-        return None
+        return True
+
+
+def _shared_inputs(path: Path, named: str | None) -> dict[str, Tensor]:
+    """The tensors of file `named`, or those of it that are named: "x,y in FILE"."""
+    if named is None:
+        return {}
+    *wanted, stem = re.match(r"(?:(\S+) in )?(\S+)", named).groups()  # type: ignore[union-attr]
+    tensors = load_file(path.with_name(f"{stem}.safetensors"))
+    return {name: tensors[name] for name in wanted[0].split(",")} if wanted[0] else tensors
+
+
+def _sets(name: str, kept: Kept, expected: Tensor, *, by_score: bool) -> tuple[Tensor, Tensor]:
+    """What is kept and what is expected, head after head, both ascending; their scores if they are to decide."""
+    counts = [len(indices) for indices in kept.indices]
+    assert sum(counts) == expected.numel(), f"{name} has {expected.numel()} elements, {sum(counts)} are kept"
+    wanted = [indices.long().sort().values for indices in expected.flatten().split(counts)]
+    if not by_score:
+        return torch.cat(list(kept.indices)), torch.cat(wanted)
+    for indices in wanted:
+        known = len(indices.unique()) == len(indices) and bool((indices < kept.scores.shape[1]).all())
+        assert known, f"{name} names something twice, or what there is not"
+    actual, published = (
+        torch.cat([scores[indices].sort().values for scores, indices in zip(kept.scores, rows, strict=True)])
+        for rows in (kept.indices, wanted)
+    )
+    return actual, published
 
 
 def _compare_floats(name: str, actual: Tensor, expected: Tensor, case: Case) -> None:
@@ -127,20 +171,14 @@ def _compare_floats(name: str, actual: Tensor, expected: Tensor, case: Case) -> 
 
 def _tolerance(name: str, expected: Tensor, given: Any) -> tuple[float, float]:
     """`(rtol, atol)`; the sidecar's `given` wins: a number, "rtol X atol Y" or a dict, for all outputs or by output."""
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    finite = expected[expected.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
     if isinstance(given, dict) and not given.keys() & {"rtol", "atol"}:
-        given = given.get(name, given.get(name.removeprefix("out_")))
+        parts = [part for part in given if name.removeprefix("out_").startswith(part.removeprefix("out_"))]
+        given = given[max(parts, key=len)] if parts else None
     if isinstance(given, (int, float)):
         return given, given * largest
     written = {key: float(value) for key, value in re.findall(r"(rtol|atol)\W+([\d.]+(?:e[-+]?\d+)?)", str(given))}
     if written:
         return written.get("rtol", 0.0), written.get("atol", 0.0)
     return TOLERANCE, TOLERANCE * largest
-
-
-def _gap(sidecar: Mapping[str, Any]) -> float:
-    """The smallest distance between a kept and a dropped score that the sidecar states; infinite if it states none."""
-    stated = [sidecar.get(name) for name in ("topk_gap", "total_gap")]
-    gaps = sidecar.get("gaps", {})
-    stated += gaps.values() if isinstance(gaps, dict) else gaps
-    return min((gap for gap in stated if gap is not None), default=torch.inf)

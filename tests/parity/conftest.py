@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    known = sorted({handler.method for handler in HANDLERS.values()})
+    known = sorted(set().union(*(handler.methods for handler in HANDLERS.values())))
     for name in config.getoption("--method", default=[]):
         if name.replace("_", "-") not in known:
             raise pytest.UsageError(f"--method {name}: no such method has cases; available: {', '.join(known)}.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,9 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kept:
-    """Selected `indices` `[kept]` with the `scores` `[tokens]` that ranked them: near-ties may fall either way."""
+    """What was selected by score: near-ties may fall either way.
 
-    indices: Tensor
+    Args:
+        indices: what every head keeps, ascending; heads may keep different numbers.
+        scores: `[heads, tokens]`, what ranked them; infinite where there was no choice.
+    """
+
+    indices: Sequence[Tensor]
     scores: Tensor
 
 
@@ -31,8 +37,10 @@ class Handler:
         method: registry name, or what is checked where it is no method.
         run: case -> outputs by tensor name.
         options: options of the method that all cases share, `compat` among them.
-        unchecked: outputs that are not compared, each with the reason.
+        unchecked: patterns of outputs that are not compared, each with the reason.
         tolerance: of floats, where the sidecar gives none, written as there.
+        inputs: patterns of what is given, where the sidecar does not say so.
+        others: further methods whose outputs the cases hold.
     """
 
     method: str
@@ -40,3 +48,15 @@ class Handler:
     options: Mapping[str, Any] = field(default_factory=dict)
     unchecked: Mapping[str, str] = field(default_factory=dict)
     tolerance: float | str | None = None
+    inputs: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """All methods whose outputs the cases hold."""
+        return frozenset({self.method, *self.others})
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of `patterns` is for the tensor `name`."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -34,7 +34,7 @@ def vtc_cls(case: Case) -> Outputs:
     scores = method.scores(item, needs)
     return {
         "out_score": scores,
-        "out_keep_indices": Kept(selection.anchor, scores),
+        "out_keep_indices": Kept([selection.anchor], scores[None]),
         "out_tokens": selection.apply(features)[None],
     }
 

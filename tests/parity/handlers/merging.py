@@ -45,7 +45,10 @@ def compress(method: Any, item: VisualItem, budget: int) -> Selection:
 
 
 def visionzip(case: Case) -> Outputs:
-    """Dominant indices and all tokens per tile; for tiled images also the crops as the authors stitch them."""
+    """Dominant indices and all tokens per tile; for tiled images also the crops as the authors stitch them.
+
+    The CLS token of a tile goes through as it is; it is none of the tokens that methods see.
+    """
     params: Mapping[str, Any] = case.params
     dominant, contextual = params["dominant_internal"], params["contextual"]
     assert params["dominant_user"] == dominant + 1, "the CLS token is the one dominant token that is no patch"
@@ -55,26 +58,40 @@ def visionzip(case: Case) -> Outputs:
         cls_rows=case.inputs["in_cls_attn_with_cls"][:, :, 1:].transpose(1, 2),
         key_metric=case.inputs["in_key_metric"][:, 1:],
     )
-    kept = dominant + contextual
-    method = METHODS.build("visionzip", {"contextual": contextual / kept})
-    selection = compress(method, item, tiles * kept)
-    patches = selection.apply(item.embeddings).unflatten(0, (tiles, kept))
+    kept, patches = dominant + contextual, hidden.shape[1] - 1
+    method = METHODS.build("visionzip", {"contextual": contextual / kept, **case.handler.options})
+    budget, needs = Budget(tiles * kept), method.needs(ENCODER)
+    selection = method.compress([item], budget, needs)[0]
     anchors = selection.anchor.unflatten(0, (tiles, kept))[:, :dominant]
     ranked = item.cls_rows[0].sum(dim=-1)[anchors].argsort(dim=1, descending=True)
-    anchors = anchors % (hidden.shape[1] - 1)
-    # The CLS token goes through as it is; it is none of the tokens that methods see.
     outputs = {
-        "out_tokens": torch.cat([hidden[:, :1], patches], dim=1),
-        "out_all_indices": torch.nn.functional.pad(anchors.gather(1, ranked) + 1, (1, 0)),
+        "out_tokens": torch.cat([hidden[:, :1], selection.apply(item.embeddings).unflatten(0, (tiles, kept))], dim=1),
+        "out_all_indices": torch.nn.functional.pad(anchors.gather(1, ranked) % patches + 1, (1, 0)),
     }
     if "grid_wh" in params:
-        columns, rows = params["grid_wh"]
-        side = int((hidden.shape[1] - 1) ** 0.5)
-        places = torch.arange(rows * columns * side**2).view(rows, side, columns, side).transpose(1, 2)
-        places = places.reshape(rows * columns, -1).gather(1, anchors[1:])
-        stitched = patches[1:, :dominant].flatten(0, 1)[places.flatten().argsort()]
-        outputs["out_next_crops"] = torch.cat([stitched, hidden[1:, 0], patches[1:, dominant:].flatten(0, 1)])
+        image = _stitched(item, *params["grid_wh"])
+        tokens = method.compress([image], budget, needs)[0].apply(image.embeddings)
+        thumbnail, stitched, others = tokens.split([kept, (tiles - 1) * dominant, (tiles - 1) * contextual])
+        torch.testing.assert_close(thumbnail, outputs["out_tokens"][0, 1:])
+        outputs["out_next_crops"] = torch.cat([stitched, hidden[1:, 0], others])
     return outputs
+
+
+def _stitched(item: VisualItem, columns: int, rows: int) -> VisualItem:
+    """The tiles of `item` as a thumbnail and the plane that its crops form, as an LLM gets them."""
+    tokens = len(item) // (1 + rows * columns)
+    side = int(tokens**0.5)
+    crops = torch.arange(rows * columns * tokens).view(rows, columns, side, side)
+    order = torch.cat([torch.arange(tokens), tokens + crops.transpose(1, 2).flatten()])
+    return VisualItem(
+        embeddings=item.embeddings[order],
+        grids=((side, side), (rows * side, columns * side)),
+        tiles=item.tiles[order],
+        crops=(rows, columns),
+        features=item.embeddings[order],
+        cls_rows={0: item.cls_rows[0][order]},
+        key_metric={0: item.key_metric[0][order]},
+    )
 
 
 def prumerge(case: Case) -> Outputs:
@@ -123,7 +140,7 @@ def aim_merge(case: Case) -> Outputs:
 _OFFICIAL = {"compat": "official"}
 
 HANDLERS = {
-    "visionzip_": Handler("visionzip", visionzip),
+    "visionzip_": Handler("visionzip", visionzip, _OFFICIAL),
     "prumerge_": Handler("prumerge", prumerge, _OFFICIAL),
     "prumerge_plus_": Handler("prumerge-plus", prumerge, _OFFICIAL),
     "aim_merge_": Handler("aim", aim_merge),
