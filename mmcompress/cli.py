@@ -106,14 +106,14 @@ def list_methods(
     matrix: Annotated[bool, typer.Option("--matrix", help="Say which method works on which model family.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Write the matrix as Markdown.")] = False,
 ) -> None:
-    """List the methods, or what each can do on each model family.
+    """List the methods and KV policies, or what each method can do on each model family.
 
     Try:
 
       mmcompress list
       mmcompress list --matrix
     """
-    from mmcompress.registry import METHODS
+    from mmcompress.registry import METHODS, POLICIES, Registry
 
     plugins = METHODS.plugins()
     if matrix or markdown:
@@ -129,40 +129,51 @@ def list_methods(
             Console().print(table)
             Console().print(*reasons, sep="\n", highlight=False, markup=False)
         return
-    table = Table("method", "class", "stage", "summary", "paper")
-    for column in table.columns:
-        column.overflow = "fold"
-    for name in METHODS.names():
-        if name in plugins:
-            # Third-party code is imported only when it is named.
-            table.add_row(name, "third-party", "", f"{plugins[name]}; see mmcompress info {name}", "")
-            continue
-        card = METHODS.get(name).info  # type: ignore[attr-defined]
-        table.add_row(name, card.family, card.stage, escape(card.summary), escape(card.paper))
-    Console().print(table)
+
+    def cards(registry: Registry) -> Table:
+        table = Table(registry.kind, "class", "stage", "summary", "paper")
+        for column in table.columns:
+            column.overflow = "fold"
+        for name in registry.names():
+            if name in registry.plugins():
+                # Third-party code is imported only when it is named.
+                where = f"{registry.plugins()[name]}; see mmcompress info {name}"
+                table.add_row(name, "third-party", "", where, "")
+                continue
+            card = registry.get(name).info  # type: ignore[attr-defined]
+            table.add_row(name, card.family, card.stage, escape(card.summary), escape(card.paper))
+        return table
+
+    Console().print(cards(METHODS), cards(POLICIES))
 
 
 @app.command()
 def info(
     method: Annotated[str, typer.Argument(help="A name, or a spec with options.", metavar="METHOD")],
+    kv: Annotated[bool, typer.Option("--kv", help="It is a KV policy, where a method has the same name.")] = False,
 ) -> None:
-    """Show a method's card: options, source, and what it needs of each supported model family.
+    """Show the card of a method or KV policy: options, source, and what a method needs of each model family.
 
     Try:
 
       mmcompress info todre
       mmcompress info "vtc-cls(score=received)"
+      mmcompress info snapkv
     """
-    from mmcompress.registry import METHODS
+    from mmcompress.registry import METHODS, POLICIES
     from mmcompress.spec import Spec
 
     spec = Spec.parse(method)
-    configured = METHODS.build(spec.name, spec.options)
+    is_policy = kv or (spec.name in POLICIES.names() and spec.name not in METHODS.names())
+    configured = (POLICIES if is_policy else METHODS).build(spec.name, spec.options)
     card = configured.info
     console = Console()
     console.print(f"[bold]{escape(str(spec))}[/]  {card.family}, stage {card.stage}\n{card.summary}\n")
     console.print(inspect.getdoc(type(configured)), markup=False, highlight=False)
-    console.print(f"\ncount    {'exactly the budget' if configured.exact_count else 'by a rule of its own, see above'}")
+    if not is_policy:
+        console.print(
+            f"\ncount    {'exactly the budget' if configured.exact_count else 'by a rule of its own, see above'}"
+        )
     console.print(f"cite     {escape(card.paper) or 'nothing to cite'}", highlight=False)
     authors = f"; the authors' code: {card.licence}" if card.licence else ""
     console.print(f"licence  Apache-2.0, written from the paper{authors}\n" if card.paper else "licence  Apache-2.0\n")
@@ -173,6 +184,8 @@ def info(
         kind = escape(inspect.formatannotation(hints[option.name]))
         options.add_row(option.name, kind, repr(option.default), repr(getattr(configured, option.name)))
     console.print(options if options.row_count else "no options")
+    if is_policy:
+        return
 
     families = Table("model family", "reads", title="on each model family, at its default size", title_justify="left")
     _quieten()

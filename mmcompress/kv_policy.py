@@ -187,7 +187,7 @@ class Evictor(KVPolicy):
         return [ranked[:count].sort().values for ranked, count in zip(order, budgets, strict=True)]
 
     def hold(self, row: KVRow, kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values `[kept, dim]` of what stays, per KV head; policies that merge put more into them."""
+        """Keys and values `[kept, dim]` of what stays where something goes, per KV head; merging happens here."""
         return (
             [key[indices] for key, indices in zip(row.key, kept, strict=True)],
             [value[indices] for value, indices in zip(row.value, kept, strict=True)],

@@ -107,8 +107,8 @@ class KVStage:
         """
         if not isinstance(run.cache, DynamicCache):
             raise UnsupportedError(
-                f"KV policy {self.policy.info.name} changes how much a cache holds, which static ones do not take; leave "
-                "out cache_implementation."
+                f"KV policy {self.policy.info.name} changes how much a cache holds, which static ones do not take; "
+                "leave out cache_implementation."
             )
         self._local.run = run
 

@@ -9,25 +9,24 @@ from torch import Tensor
 
 
 def kv_quant(states: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes, scales and offsets of `states`, with groups of neighbours in `dim`."""
+    """Packed codes of `states`, lowest and highest values of groups of neighbours in `dim`."""
     rows = states.transpose(dim, -1)
     codes = torch.full(rows.shape, 255, dtype=torch.uint8)
-    scale, offset = torch.full((2, *rows.shape[:-1], rows.shape[-1] // group), float("nan"), dtype=states.dtype)
-    for place in itertools.product(*map(range, scale.shape)):
+    low, high = torch.full((2, *rows.shape[:-1], rows.shape[-1] // group), float("nan"), dtype=states.dtype)
+    for place in itertools.product(*map(range, low.shape)):
         *row, number = place
         members = (*row, slice(number * group, (number + 1) * group))
         values = rows[members].float()
-        scale[place] = (values.max() - values.min()) / (2**bits - 1)
-        offset[place] = values.min()
-        step = scale[place].float() if scale[place] > 0 else 1.0
-        codes[members] = ((values - values.min()) / step).round().clamp(max=2**bits - 1).to(torch.uint8)
-    return pack_bits(codes.transpose(dim, -1), bits), scale.transpose(dim, -1), offset.transpose(dim, -1)
+        low[place], high[place] = values.min(), values.max()
+        step = (values.max() - values.min()) / (2**bits - 1)
+        codes[members] = ((values - values.min()) / step).round().to(torch.uint8) if step > 0 else 0
+    return pack_bits(codes.transpose(dim, -1), bits), low.transpose(dim, -1), high.transpose(dim, -1)
 
 
-def kv_dequant(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, group: int, dim: int = -1) -> Tensor:
-    """`offset + code * scale`, of the group that each code is in."""
-    wide_scale, wide_offset = (part.float().repeat_interleave(group, dim) for part in (scale, offset))
-    return (unpack_bits(codes, bits) * wide_scale + wide_offset).to(scale.dtype)
+def kv_dequant(codes: Tensor, low: Tensor, high: Tensor, bits: int, group: int, dim: int = -1) -> Tensor:
+    """Codes divide the range of the group they are in."""
+    low, high = (end.repeat_interleave(group, dim) for end in (low, high))
+    return (unpack_bits(codes, bits) * ((high.float() - low) / (2**bits - 1)) + low).to(low.dtype)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -13,32 +13,32 @@ from torch import Tensor
 
 
 def kv_quant(states: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of `states`, packed, with scales and offsets: a group's smallest value has code 0, its largest the last one.
+    """Codes of `states`, packed, and the range of every group, whose ends have the first and the last code.
+
+    The ends are held rather than a scale and an offset: they need no rounding, as they are among `states`.
 
     Args:
         states: `[..., tokens, channels]`; channels must fill whole bytes.
         bits: of a code; 1, 2, 3, 4 or 8.
-        group: neighbours that share a scale and an offset; divides the dimension.
+        group: neighbours that share a range; divides the dimension.
         dim: where they are neighbours, -1 (per token) or -2 (per channel).
 
     Returns:
-        Bytes `[..., tokens, channels * bits / 8]`, and twice `[..., tokens, channels]` with `dim` divided by `group`, in
-        the type of `states`.
+        Bytes `[..., tokens, channels * bits / 8]`; lowest and highest values, `[..., tokens, channels]` with `dim`
+        divided by `group`, in the type of `states`.
     """
-    groups = _groups(states.float(), group, dim)
-    low, high = groups.amin(dim, keepdim=True), groups.amax(dim, keepdim=True)
-    last = 2**bits - 1
-    scale = ((high - low) / last).to(states.dtype)
-    steps = scale.float().masked_fill(scale == 0, 1)
-    codes = ((groups - low) / steps).round().clamp(0, last).to(torch.uint8)
-    return pack_bits(codes.flatten(dim - 1, dim), bits), scale.squeeze(dim), low.squeeze(dim).to(states.dtype)
+    groups = _groups(states, group, dim)
+    low, high = groups.aminmax(dim=dim)
+    offset, step = _steps(low, high, bits, dim)
+    codes = ((groups - offset) / step.masked_fill(step == 0, 1)).round().to(torch.uint8)
+    return pack_bits(codes.flatten(dim - 1, dim), bits), low, high
 
 
-def kv_dequant(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, group: int, dim: int = -1) -> Tensor:
-    """`[..., tokens, channels]` that `kv_quant` made these of, up to half a step, in the type of `scale`."""
-    groups = _groups(unpack_bits(codes, bits).float(), group, dim)
-    states = groups * scale.float().unsqueeze(dim) + offset.float().unsqueeze(dim)
-    return states.flatten(dim - 1, dim).to(scale.dtype)
+def kv_dequant(codes: Tensor, low: Tensor, high: Tensor, bits: int, group: int, dim: int = -1) -> Tensor:
+    """`[..., tokens, channels]` that `kv_quant` made these of, up to half a step, in the type of `low`."""
+    offset, step = _steps(low, high, bits, dim)
+    states = _groups(unpack_bits(codes, bits), group, dim) * step + offset
+    return states.flatten(dim - 1, dim).to(low.dtype)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -57,6 +57,12 @@ def _regroup(digits: Tensor, bits: int, new: int) -> Tensor:
     shifts, new_shifts = (torch.arange(0, word, width, device=digits.device) for width in (bits, new))
     words = (_groups(digits, word // bits, -1).int() << shifts.int()).sum(dim=-1, keepdim=True, dtype=torch.int32)
     return (words >> new_shifts.int() & 2**new - 1).flatten(-2).to(torch.uint8)
+
+
+def _steps(low: Tensor, high: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
+    """What code 0 stands for, and how far codes are apart, in float32."""
+    offset = low.float().unsqueeze(dim)
+    return offset, (high.float().unsqueeze(dim) - offset) / (2**bits - 1)
 
 
 def _groups(states: Tensor, group: int, dim: int) -> Tensor:

@@ -10,7 +10,12 @@ def in_proportion(total: int, weights: Sequence[float], least: int, most: int) -
     """Divide `total` in proportion to `weights`, exactly, so that every part is between `least` and `most`.
 
     Parts that would be out of bounds are put on the bound, and the others share what that leaves or takes.
+
+    Raises:
+        ValueError: within these bounds they cannot amount to `total`.
     """
+    if not least * len(weights) <= total <= most * len(weights):
+        raise ValueError(f"cannot share {total} over {len(weights)} parts of {least} to {most}")
     shares: dict[int, float] = {}
     free = dict(enumerate(weights))
     while free:

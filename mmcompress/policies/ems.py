@@ -61,7 +61,8 @@ class EMS(Evictor):
         readers = row.seen - row.place[:, :before]
         overall = row.observed[:, :before] / readers
         local = reduce_group(row.rows(self.window).mean(dim=2), "mean")[:, :before]
-        return overall, local * overall.mean(dim=1, keepdim=True) / local.mean(dim=1, keepdim=True)
+        mean = local.mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return overall, local * overall.mean(dim=1, keepdim=True) / mean
 
     def score(self, row: KVRow) -> Tensor:
         """The higher of both."""
@@ -74,8 +75,8 @@ class EMS(Evictor):
         for head, indices in enumerate(kept):
             centres, gone = indices[: -self.window], others(indices, row.entries)
             ranked = gone[scores[head, gone].argsort(descending=True, stable=True)]
-            sources = ranked[: int(self.merged * len(centres))]
-            if len(centres) == 0 or len(sources) == 0:
+            sources = ranked[: round(self.merged * len(centres))]
+            if len(centres) == 0:
                 continue
             redundancy, target = self.redundancy(row.key[head], row.value[head], sources, centres)
             similar = redundancy >= self.threshold

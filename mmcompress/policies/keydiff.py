@@ -18,7 +18,6 @@ from mmcompress.registry import register_policy
     stage="kv",
     paper="KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained "
     "Environments, arXiv:2504.15364",
-    licence="Apache-2.0",
 )
 @dataclass(frozen=True)
 class KeyDiff(Evictor):

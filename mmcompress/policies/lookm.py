@@ -56,8 +56,6 @@ class LookM(HeavyHitters):
     def _merged(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[kept, dim]` of one head."""
         gone, unit = others(kept, len(key)), normalize(key.float(), dim=-1)
-        if len(gone) == 0:
-            return key, value
         similarity, target = (unit[gone] @ unit[kept].T).max(dim=1)
         merged = []
         for states in (key, value):

@@ -19,7 +19,7 @@ from mmcompress.registry import register_policy
     summary="Visual entries by what attended text attends to, text last; layers by how much text attends to images.",
     family="text attention",
     stage="kv",
-    paper="TGV-KV, ICML 2026",
+    paper="TGV-KV: Text-Grounded KV Eviction for Vision-Language Models, arXiv:2606.03075",
     licence="MIT",
 )
 @dataclass(frozen=True)
