@@ -233,7 +233,7 @@ def evaluate(
 
     A budget counts alike wherever tokens are removed: before the LLM it is what stays, inside the LLM the mean over
     its layers. Methods joined by + share the work: all but the last have a keep of their own. random and uniform are
-    always asked too, and what a model does not allow is left out with the reason.
+    always asked too, and what a model or a budget does not allow is left out with the reason.
 
     Try:
 
@@ -258,8 +258,11 @@ def evaluate(
     every, refused = comparison.every_method(loaded) if "all" in asked else ([], {})
     wanted = list(dict.fromkeys([*comparison.BASELINES, *every, *(part for part in asked if part != "all")]))
     chosen = comparison.plan(loaded, wanted, keeps)
-    if not every and chosen.left_out:
-        raise SpecError("; ".join(f"{what}: {reason}" for what, reason in chosen.left_out.items()))
+    impossible = {part for part in asked if part != "all"} - {run[0] for run in chosen.runs}
+    if impossible:
+        refusals = chosen.left_out.items()
+        reasons = [f"{run}: {reason}" for run, reason in refusals if run.rpartition(" at ")[0] in impossible]
+        raise SpecError("; ".join(reasons))
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     results = comparison.measure(loaded, processor, questions, MICROVQA_PATH, chosen.runs, console)

@@ -187,7 +187,7 @@ class Evictor(KVPolicy):
         return [ranked[:count].sort().values for ranked, count in zip(order, budgets, strict=True)]
 
     def hold(self, row: KVRow, kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values `[kept, dim]` of what stays where something goes, per KV head; merging happens here."""
+        """Keys and values `[kept, dim]` of what stays, per KV head; policies that merge or move entries do it here."""
         return (
             [key[indices] for key, indices in zip(row.key, kept, strict=True)],
             [value[indices] for value, indices in zip(row.value, kept, strict=True)],
@@ -195,51 +195,77 @@ class Evictor(KVPolicy):
 
 
 @dataclass(frozen=True)
+class Block:
+    """Keys or values of tokens that follow each other, about to be packed.
+
+    Args:
+        states: `[..., kv_heads, tokens, dim]`; whatever is in front are rows of equal length.
+        layer: number of the layer.
+        saliency: `[..., kv_heads, tokens]`, what `Quantiser.saliency` said of them; None if nothing.
+    """
+
+    states: Tensor
+    layer: int = 0
+    saliency: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Packed:
     """Keys or values as they are held.
 
     Args:
-        codes: bit-packed, uint8.
-        parts: everything else that `Quantiser.unpack_*` needs: scales, offsets, outliers, indices.
+        parts: bit-packed codes, and whatever else is needed to read them: ranges, outliers, indices.
         shape: of what was packed.
         dtype: of what was packed.
+        layer: number of the layer.
     """
 
-    codes: Tensor
     parts: tuple[Tensor, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    layer: int = 0
 
     @property
     def bytes(self) -> int:
         """What it occupies."""
-        return sum(part.numel() * part.element_size() for part in (self.codes, *self.parts))
+        return sum(part.nbytes for part in self.parts)
 
 
 class Quantiser(KVPolicy):
-    """Holds entries in few bits, all but the most recent ones."""
-
-    @property
-    @abstractmethod
-    def block(self) -> int:
-        """Entries are packed so many at once, as soon as there are as many behind `residual`."""
-
-    @property
-    @abstractmethod
-    def residual(self) -> int:
-        """So many recent entries at least are held as they are."""
+    """Holds entries in few bits, oldest first; the most recent ones may stay what they are."""
 
     @abstractmethod
-    def pack_keys(self, key: Tensor) -> Packed:
-        """`[batch, kv_heads, block, dim]` in few bits.
+    def keys_due(self, held: int, prompt: bool) -> int:
+        """How many of the keys that are not packed yet, oldest first, are to be packed now.
+
+        Args:
+            held: how many there are.
+            prompt: whether a prompt, or a part of one, was just read; if not, a token that was generated.
+        """
+
+    def values_due(self, held: int, prompt: bool) -> int:
+        """Likewise of the values."""
+        return self.keys_due(held, prompt)
+
+    def saliency(self, row: KVRow) -> Tensor | None:
+        """How much each entry matters `[kv_heads, entries]`, for policies that spend more bits on some.
+
+        Args:
+            row: the entries that are not packed yet, some of them due.
+        """
+        return None
+
+    @abstractmethod
+    def pack_keys(self, block: Block) -> Packed:
+        """Keys in few bits.
 
         Raises:
             SpecError: they do not divide into groups or bytes.
         """
 
     @abstractmethod
-    def pack_values(self, value: Tensor) -> Packed:
-        """Likewise."""
+    def pack_values(self, block: Block) -> Packed:
+        """Values likewise."""
 
     @abstractmethod
     def unpack_keys(self, packed: Packed) -> Tensor:

@@ -89,5 +89,10 @@ def merge_by_tile(tiles: Tensor, budget: int, rule: Callable[[Tensor, int], tupl
 
 def in_raster_order(selection: Selection) -> Selection:
     """The selection with its outputs ordered by their places."""
-    order, weight = selection.anchor.argsort(), selection.weight
+    return in_order(selection, selection.anchor.argsort())
+
+
+def in_order(selection: Selection, order: Tensor) -> Selection:
+    """The selection with its outputs in `order` `[outputs]`."""
+    weight = selection.weight
     return Selection(selection.anchor[order], None if weight is None else weight[order])

@@ -247,3 +247,16 @@ def test_the_console_script_speaks_without_traceback() -> None:
     result = subprocess.run([script, "info", "nope"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: unknown method 'nope'")
+
+
+def test_eval_compares_at_equal_tokens_per_layer(tmp_path: Path) -> None:
+    methods = "fastv(layer=1),divprune(keep=0.5) + fastv(layer=1)"
+    text = succeed("eval", "--method", methods, "--keep", "0.4,0.2", "--limit", 8, "--out", tmp_path)
+    assert "left out fastv(layer=1) at 20%" in text
+    record = json.loads((tmp_path / "results.json").read_text())
+    runs = [(run["method"], run["keep"]) for run in record["runs"]]
+    assert runs[:4] == [(None, 1.0), ("random", 0.4), ("uniform", 0.4), ("fastv(layer=1)", 0.4)]
+    assert ("divprune(keep=0.5) + fastv(layer=1)", 0.2) in runs and ("fastv(layer=1)", 0.2) not in runs
+    assert "left out: fastv(layer=1) at 20%" in (tmp_path / "table.md").read_text()
+    assert "cannot leave 10.0%" in fail("eval", "--method", "fastv", "--keep", "0.1", "--limit", 8)
+    assert "out of range" in fail("eval", "--method", "todre", "--keep", "1.5", "--limit", 8)

@@ -392,7 +392,7 @@ def test_without_a_gap_kept_entries_are_compared_by_score(
     case = load(path)
     kept = case.expected["kept_positions"]
     dropped = next(token for token in range(30) if token not in kept[0, 1])
-    with pytest.raises(AssertionError, match="^kept_positions differs|^kept_positions: "):
+    with pytest.raises(AssertionError, match=r"^kept_positions differs|^kept_positions: "):
         check(replace(case, expected={**case.expected, "kept_positions": put(kept, dropped)}))
     for wrong in (30, int(kept[0, 1, 0])):
         message = "^kept_positions names something twice" if by_score else "^kept_positions differs"

@@ -23,10 +23,12 @@ def kv_quant(states: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tens
     return pack_bits(codes.transpose(dim, -1), bits), low.transpose(dim, -1), high.transpose(dim, -1)
 
 
-def kv_dequant(codes: Tensor, low: Tensor, high: Tensor, bits: int, group: int, dim: int = -1) -> Tensor:
+def kv_dequant(codes: Tensor, low: Tensor, high: Tensor, bits: int, dim: int = -1) -> Tensor:
     """Codes divide the range of the group they are in."""
+    states = unpack_bits(codes, bits)
+    group = states.shape[dim] // low.shape[dim] if states.numel() else 1
     low, high = (end.repeat_interleave(group, dim) for end in (low, high))
-    return (unpack_bits(codes, bits) * ((high.float() - low) / (2**bits - 1)) + low).to(low.dtype)
+    return (states * ((high.float() - low) / (2**bits - 1)) + low).to(low.dtype)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -34,11 +34,12 @@ def kv_quant(states: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tens
     return pack_bits(codes.flatten(dim - 1, dim), bits), low, high
 
 
-def kv_dequant(codes: Tensor, low: Tensor, high: Tensor, bits: int, group: int, dim: int = -1) -> Tensor:
+def kv_dequant(codes: Tensor, low: Tensor, high: Tensor, bits: int, dim: int = -1) -> Tensor:
     """`[..., tokens, channels]` that `kv_quant` made these of, up to half a step, in the type of `low`."""
+    states = unpack_bits(codes, bits)
     offset, step = _steps(low, high, bits, dim)
-    states = _groups(unpack_bits(codes, bits), group, dim) * step + offset
-    return states.flatten(dim - 1, dim).to(low.dtype)
+    groups = _groups(states, states.shape[dim] // max(low.shape[dim], 1), dim)
+    return (groups * step + offset).flatten(dim - 1, dim).to(low.dtype)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -67,4 +68,4 @@ def _steps(low: Tensor, high: Tensor, bits: int, dim: int) -> tuple[Tensor, Tens
 
 def _groups(states: Tensor, group: int, dim: int) -> Tensor:
     """`dim` in two: number of the group, place in it."""
-    return states.unflatten(dim, (states.shape[dim] // group, group))
+    return states.unflatten(dim, (states.shape[dim] // max(group, 1), group))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from mmcompress.errors import SpecError
-from mmcompress.merging import in_raster_order, merge_by_tile
+from mmcompress.merging import in_order, in_raster_order, merge_by_tile
 from mmcompress.method import VisualMethod
 from mmcompress.methods._attention import Score, attention, attention_needs
 from mmcompress.ranking import tile_shares, top_indices
@@ -90,8 +90,7 @@ class VisionZip(VisualMethod):
         shares = [share for _, share in tile_shares(item.tiles, budget)]
         dominant = torch.cat([torch.arange(share) < share - self.contextual_count(share) for share in shares])
         places = torch.where(dominant.to(merged.anchor.device), merged.anchor, len(item))
-        order = places.masked_fill(item.tiles[merged.anchor] == 0, -1).argsort(stable=True)
-        return Selection(merged.anchor[order], merged.weight[order])
+        return in_order(merged, places.masked_fill(item.tiles[merged.anchor] == 0, -1).argsort(stable=True))
 
     def _merge_tile(self, scores: Tensor, keys: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         contextual = self.contextual_count(budget)

@@ -71,6 +71,8 @@ class EMS(Evictor):
     def hold(self, row: KVRow, kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """What stays, with what is next in rank and similar enough merged in."""
         keys, values = super().hold(row, kept)
+        if len(kept[0]) == row.entries:
+            return keys, values
         scores = self.score(row)
         for head, indices in enumerate(kept):
             centres, gone = indices[: -self.window], others(indices, row.entries)

@@ -74,7 +74,7 @@ BAD_REQUESTS = [
     (dict(method="todre", keep=0.5, positions="orginal"), SpecError, "Did you mean 'original'"),
     (dict(method=None), SpecError, "give a method"),
     (dict(method=["todre(keep=0.5)", "random(keep=0.5)"]), SpecError, "both decide what enters the LLM"),
-    (dict(method="todre", keep=0.5, kv="snapkv"), SpecError, "unknown KV policy 'snapkv'"),
+    (dict(method="todre", keep=0.5, kv="snapvk"), SpecError, "unknown KV policy 'snapvk'"),
     (dict(method="vtc-cls", keep=0.5, first_layer=2), SpecError, "first_layer=2 is out of range"),
     (dict(method="vtc-cls", keep=0.5, first_layer=-1), SpecError, "first_layer=-1 is out of range"),
 ]

@@ -112,7 +112,7 @@ def test_the_budget_is_spent_exactly(name: str, keep: int) -> None:
         kept = policy.select(row, keep)
         assert len(kept) == HEADS
         for head, indices in enumerate(kept):
-            assert torch.equal(indices, indices.unique()) and 0 <= int(indices[0]) and int(indices[-1]) < TOKENS
+            assert torch.equal(indices, indices.unique()) and int(indices[-1]) < TOKENS
             protected = policy.protected(row, keep)[head].nonzero()[:, 0]
             assert bool(torch.isin(protected, indices).all())
         total += sum(map(len, kept))
@@ -128,14 +128,17 @@ def test_a_budget_that_covers_everything_keeps_everything(name: str) -> None:
         for tokens, image in ((TOKENS, IMAGE), (3, slice(0, 2)), (1, slice(0, 0))):
             for keep in (TOKENS, TOKENS + 7):
                 for row in prompt(policy, tokens=tokens, image=image):
-                    assert all(torch.equal(kept, torch.arange(tokens)) for kept in policy.select(row, keep))
+                    kept = policy.select(row, keep)
+                    assert all(torch.equal(indices, torch.arange(tokens)) for indices in kept)
+                    keys, values = policy.hold(row, kept)
+                    assert torch.equal(torch.stack(keys), row.key) and torch.equal(torch.stack(values), row.value)
 
 
 @pytest.mark.parametrize("name", EVICTORS)
 def test_scopes_spare_the_other_kind(name: str) -> None:
     for scope, spared in (("visual", False), ("text", True)):
         policy = evictor(name, scope=scope)
-        keep = 38 if name in ("pyramidkv", "tgv-kv") else 30  # whose layers differ
+        keep = 38 if name in ("pyramidkv", "tgv-kv") else 36  # whose layers differ
         for row in prompt(policy):
             for visual, kept in zip(row.visual, policy.select(row, keep), strict=True):
                 assert int((visual[kept] == spared).sum()) == int((visual == spared).sum())
@@ -185,13 +188,14 @@ def test_of_equal_scores_the_earlier_entry_stays() -> None:
 
 
 def test_random_depends_on_seed_layer_and_size_alone() -> None:
-    policy, other = evictor("random"), evictor("random", seed=1)
-    rows, others_ = prompt(policy), prompt(policy, seed=5)
-    kept = [policy.select(row, 10) for row in rows]
-    assert all(torch.equal(a, b) for row, ours in zip(others_, kept, strict=True)
-               for a, b in zip(policy.select(row, 10), ours, strict=True))  # fmt: skip
-    assert len({tuple(indices.tolist()) for heads in kept for indices in heads}) == HEADS * LAYERS
-    assert not torch.equal(other.select(rows[0], 10)[0], kept[0][0])
+    policy, changed = evictor("random"), evictor("random", seed=1)
+
+    def chosen(policy: Evictor, rows: Sequence[KVRow]) -> list[tuple[int, ...]]:
+        return [tuple(kept.tolist()) for row in rows for kept in policy.select(row, 10)]
+
+    kept = chosen(policy, prompt(policy))
+    assert chosen(policy, prompt(policy, seed=5)) == kept
+    assert len({*kept, *chosen(changed, prompt(policy))}) == 2 * HEADS * LAYERS
 
 
 def test_streamingllm_keeps_sinks_and_recent_tokens() -> None:
@@ -267,7 +271,7 @@ def test_pyramids_fall_linearly_and_sum_up(keep: int, tokens: int, layers: int) 
     assert max(budgets) <= tokens and min(budgets) >= 8
     if layers > 1 and tokens >= 2 * (keep - 8):
         steps = [a - b for a, b in zip(budgets, budgets[1:], strict=False)]
-        assert max(steps) - min(steps) <= 1 and steps[0] > 0 if layers < keep else True
+        assert max(steps) - min(steps) <= 1
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.2, 0.7, 1.0])
