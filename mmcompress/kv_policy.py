@@ -234,14 +234,29 @@ class Packed:
 class Quantiser(KVPolicy):
     """Holds entries in few bits, oldest first; the most recent ones may stay what they are."""
 
-    @abstractmethod
+    @property
+    def block(self) -> int:
+        """So many tokens that were generated are packed at once."""
+        return 32
+
+    @property
+    def sinks(self) -> int:
+        """So many of the first tokens are never packed."""
+        return 0
+
+    @property
+    def rotated(self) -> bool:
+        """Whether keys are packed as rotated to positions; if not, they are rotated when they are read."""
+        return True
+
     def keys_due(self, held: int, prompt: bool) -> int:
         """How many of the keys that are not packed yet, oldest first, are to be packed now.
 
         Args:
-            held: how many there are.
+            held: how many there are, without sinks.
             prompt: whether a prompt, or a part of one, was just read; if not, a token that was generated.
         """
+        return held if prompt else held - held % self.block
 
     def values_due(self, held: int, prompt: bool) -> int:
         """Likewise of the values."""

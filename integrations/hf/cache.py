@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -100,8 +100,8 @@ class Held:
 
     def take(self, rows: Tensor) -> Held:
         """Only the rows numbered `rows`."""
-        named = {part.name: getattr(self, part.name) for part in fields(self)}
-        return Held(**{name: None if part is None else part[rows.to(part.device)] for name, part in named.items()})
+        named: dict[str, Tensor] = {name: part for name, part in vars(self).items() if part is not None}
+        return replace(self, **{name: part[rows.to(part.device)] for name, part in named.items()})
 
 
 @dataclass

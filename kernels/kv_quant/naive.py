@@ -14,8 +14,7 @@ def kv_quant(states: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tens
     codes = torch.full(rows.shape, 255, dtype=torch.uint8)
     low, high = torch.full((2, *rows.shape[:-1], rows.shape[-1] // group), float("nan"), dtype=states.dtype)
     for place in itertools.product(*map(range, low.shape)):
-        *row, number = place
-        members = (*row, slice(number * group, (number + 1) * group))
+        members: tuple[int | slice, ...] = (*place[:-1], slice(place[-1] * group, (place[-1] + 1) * group))
         values = rows[members].float()
         low[place], high[place] = values.min(), values.max()
         step = (values.max() - values.min()) / (2**bits - 1)

@@ -1,7 +1,7 @@
 """Group-wise asymmetric quantisation in plain torch, with codes packed into bytes.
 
-Codes that follow each other in the last dimension are one string of bits, lowest bits first: of 2 bits each, code `4 * i`
-is in the lowest bits of byte `i`; of 3 bits, eight codes fill three bytes.
+Codes that follow each other in the last dimension are one string of bits, lowest bits first: of 2 bits each, code
+`4 * i` is in the lowest bits of byte `i`; of 3 bits, eight codes fill three bytes.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def pack_groups(name: str, block: Block, bits: int, group: int, dim: int) -> Pac
 
 def unpack_groups(packed: Packed, bits: int, dim: int) -> Tensor:
     """What `pack_groups` packed, up to half a step."""
-    return ops.kv_dequant(*packed.parts, bits, dim)
+    codes, low, high = packed.parts
+    return ops.kv_dequant(codes, low, high, bits, dim)
 
 
 def check_bytes(name: str, channels: int, bits: int) -> None:
@@ -43,13 +44,9 @@ def check_bytes(name: str, channels: int, bits: int) -> None:
 
 
 class PerToken(Quantiser):
-    """Every token has a range per KV head, and is packed at once."""
+    """Every token has a range per KV head."""
 
     bits: ClassVar[int]
-
-    def keys_due(self, held: int, prompt: bool) -> int:
-        """All."""
-        return held
 
     def pack_keys(self, block: Block) -> Packed:
         """Codes and ranges."""

@@ -19,7 +19,7 @@ from mmcompress.registry import register_policy
 
 @register_policy(
     "zipcache",
-    summary="Keys per channel and values per token, in 4 bits where probes attend to, else in 2.",
+    summary="Keys per channel and values per token, in 4 bits for tokens that probes attend to, in 2 for others.",
     family="mixed-precision quantisation",
     stage="kv",
     paper="ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token Identification, arXiv:2405.14256",
@@ -28,7 +28,7 @@ from mmcompress.registry import register_policy
 )
 @dataclass(frozen=True)
 class ZipCache(Quantiser):
-    """A few probe queries tell which tokens are salient; others get fewer bits (Sections 4.1 to 4.3).
+    """A few probe queries tell which tokens are salient; others get fewer bits (Section 4).
 
     The prompt is packed whole, what is generated in blocks that are packed once; the authors' code packs all of it
     again with every block.
@@ -39,7 +39,7 @@ class ZipCache(Quantiser):
         low_ratio: how many are others, per KV head, as a fraction.
         recent: the last queries that are probes, as a fraction.
         random: earlier ones, drawn with replacement, likewise.
-        gap: tokens that are generated until they are packed.
+        block: so many tokens that were generated are packed at once.
         seed: of the draw.
         compat: "official" divides what a token of the prompt receives by how many tokens follow, as the authors' code
             does, not by how many probes do, as the paper does.
@@ -50,23 +50,19 @@ class ZipCache(Quantiser):
     low_ratio: float = 0.4
     recent: float = 0.05
     random: float = 0.05
-    gap: int = 100
+    block: int = 100
     seed: int = 0
     compat: Literal["none", "official"] = "none"
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_ratio <= 1 or not 0 < self.recent <= 1 or not 0 <= self.random <= 1:
             raise SpecError("zipcache: low_ratio and random must be fractions in [0, 1], recent one in (0, 1].")
-        if self.gap < 1:
-            raise SpecError(f"zipcache: gap={self.gap} must be at least 1.")
+        if self.block < 1:
+            raise SpecError(f"zipcache: block={self.block} must be at least 1.")
 
     def needs(self) -> KVNeeds:
         """All queries, as probes may be anywhere."""
         return KVNeeds(queries="all", steps=True)
-
-    def keys_due(self, held: int, prompt: bool) -> int:
-        """The whole prompt, then whole blocks of `gap`."""
-        return held if prompt else held - held % self.gap
 
     def probes(self, row: KVRow) -> Tensor:
         """Which queries are probes: the most recent ones, and a draw from the seed and the layer of the others."""
@@ -125,7 +121,9 @@ class ZipCache(Quantiser):
     def _unpack(self, packed: Packed, dim: int) -> Tensor:
         heads, tokens, channels = packed.shape[-3:]
         of_classes = zip((packed.parts[:3], packed.parts[3:6]), self._bits, strict=True)
-        ordered = torch.cat([ops.kv_dequant(*parts, bits, dim) for parts, bits in of_classes], dim=-2)
+        ordered = torch.cat(
+            [ops.kv_dequant(codes, least, most, bits, dim) for (codes, least, most), bits in of_classes], dim=-2
+        )
         by_head = ordered.unflatten(-1, (heads, channels)).transpose(-3, -2)
         salient = ops.unpack_bits(packed.parts[6], 1)[..., :tokens]
         return by_head.take_along_dim(_salient_first(salient).argsort(dim=-2), dim=-2)

@@ -20,7 +20,8 @@ from mmcompress.kv_policy import Evictor
 from mmcompress.registry import METHODS, POLICIES
 
 STEPS, KEEP, TOLERANCE = 6, 10, 1e-5
-OPTIONS = {"snapkv": "window=4", "pyramidkv": "window=4"}
+# A mask cannot show what merges.
+OPTIONS = {"snapkv": "window=4", "pyramidkv": "window=4", "ems": "window=4, merged=0", "lookm": "merge=none"}
 Snapshots = list[dict[int, Held]]
 
 
