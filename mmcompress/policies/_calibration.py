@@ -48,7 +48,7 @@ class Calibration:
             self._tables = _checked({name: table.float() for name, table in load_file(path).items()})
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             names = "key_lower, key_upper, key_centroids and value_centroids"
-            raise SpecError(f"calibration={path!r} is no safetensors file with {names}: {error}.") from error
+            raise SpecError(f"kvquant: calibration={path!r} is no safetensors file with {names}: {error}.") from error
 
     def layer(self, number: int, device: torch.device) -> LayerCalibration:
         """Thresholds and centroids of layer `number`.
@@ -58,7 +58,9 @@ class Calibration:
         """
         layers = len(self._tables["key_lower"])
         if number >= layers:
-            raise SpecError(f"calibration={self.path!r} is for {layers} layers; this is number {number} from 0.")
+            raise SpecError(
+                f"kvquant: calibration={self.path!r} is for {layers} layers; this is number {number} from 0."
+            )
         return LayerCalibration(**{name: table[number].to(device) for name, table in self._tables.items()})
 
 
