@@ -176,8 +176,12 @@ class PrunedCache(Cache):
         """Take the last tokens off again: so many as a negative number, or, before transformers 5.20, all but so many.
 
         Raises:
-            UnsupportedError: some of them are of a compressed prompt.
+            UnsupportedError: some of them are of a compressed prompt, or a KV policy took out others.
         """
+        if self.state.held:
+            raise UnsupportedError(
+                "a cache under a KV policy cannot be cropped, as assisted decoding does: entries are gone already."
+            )
         seen = int(self.get_seq_length())
         left = seen + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, seen)
         if left < self.state.floor:

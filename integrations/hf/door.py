@@ -255,6 +255,10 @@ class Door:
         return kwargs
 
     def _require_same_layers(self, state: CacheState) -> None:
+        if state.held and self.kv_stage is None:
+            raise UnsupportedError(
+                "a KV policy took entries out of this cache; go on with a policy, or start a new cache."
+            )
         layers = [] if self.llm_stage is None else [*self.llm_stage.cuts]
         if state.stretches and sorted(state.stretches) != layers:
             raise UnsupportedError(

@@ -172,6 +172,53 @@ def test_what_is_out_of_scope_stays(scope: str, snapshots: Snapshots) -> None:
         assert (kept == wanted[:, None]).all()
 
 
+def test_later_turns_count_on_and_cannot_go_on_without_a_policy(snapshots: Snapshots) -> None:
+    """The second turn sees what the first left, and its own tokens; then entries go again."""
+    model = FAMILIES["llava"].build("sdpa")
+    inputs = FAMILIES["llava"].inputs(model, "single")
+    row = {name: value[:1] for name, value in inputs.items()}
+    row["input_ids"] = row["input_ids"][:, row["attention_mask"][0].bool()]
+    row["attention_mask"] = torch.ones_like(row["input_ids"])
+    with mmcompress.wrap(model, kv="keydiff(keep=8)"):
+        first = generate(model, row, 3)
+        ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7, 8]])], dim=1)
+        held = [layer.keys.shape[2] for layer in first.past_key_values.layers]
+        again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        second = model(
+            input_ids=ids[:, -5:], past_key_values=first.past_key_values, attention_mask=again["attention_mask"]
+        )
+        assert held == [8 + 2] * 4 and {layer.keys.shape[2] for layer in first.past_key_values.layers} == {8}
+    decoder: typing.Any = model.base_model.get_decoder()
+    (entering,) = whole_prompts(model, "llava", row)
+    length = len(entering.row.embeddings)
+    said = torch.cat([first.sequences[0, -3:], torch.tensor([5, 6, 7, 8])])
+    hidden = torch.cat([entering.row.embeddings, model.get_input_embeddings()(said)])[None]
+    rotary = decoder.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+    heads, total = decoder.config.num_attention_heads, hidden.shape[1]
+    with torch.no_grad():
+        for layer, block in enumerate(decoder.layers):
+            mask = torch.full((heads, total, total), -torch.inf).triu(1)
+            for query in range(length, total):
+                before = snapshots[min(query - length, 2)][layer]
+                own = length + min(query - length, 2)
+                mask[:, query, :own] = -torch.inf
+                for head, row_mask in enumerate(mask[:, query].unflatten(0, (before.place.shape[1], -1))):
+                    row_mask[:, before.place[0, head][before.valid[0]]] = 0
+            hidden = block(hidden, attention_mask=mask[None], position_embeddings=rotary, position_ids=None)
+        expected = model.get_output_embeddings()(decoder.norm(hidden[0, -5:]))
+    torch.testing.assert_close(second.logits[0], expected, atol=TOLERANCE, rtol=0)
+    with mmcompress.wrap(model, "uniform", keep=0.5), pytest.raises(UnsupportedError, match="took entries out"):
+        model(input_ids=ids[:, -1:], past_key_values=first.past_key_values)
+
+
+def test_assisted_decoding_is_refused() -> None:
+    model = FAMILIES["llava"].build("sdpa")
+    inputs = FAMILIES["llava"].inputs(model, "single")
+    row = {name: value[:1] for name, value in inputs.items()}
+    with mmcompress.wrap(model, kv="keydiff(keep=8)"), pytest.raises(UnsupportedError, match="cannot be cropped"):
+        generate(model, row, prompt_lookup_num_tokens=2)
+
+
 def test_beams_follow_their_rows() -> None:
     model = FAMILIES["llava"].build("sdpa")
     inputs = FAMILIES["llava"].inputs(model, "mixed")
