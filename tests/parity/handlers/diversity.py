@@ -34,7 +34,7 @@ def todre(case: Case) -> Outputs:
     return {
         "out_selection_order": method.selection_orders([item], [budget], needs)[0],
         "out_keep_indices": method.compress([item], Budget(budget), needs)[0].anchor,
-        "out_alpha_t2v": _attention_to_image(case),
+        **({"out_alpha_t2v": _attention_to_image(case)} if "in_q" in case.inputs else {}),
     }
 
 
