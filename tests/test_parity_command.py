@@ -80,7 +80,6 @@ def todre(path: Path, seed: int, tokens: int, thumbnail: int, kept: int) -> Path
         "in_thumbnail_cls_attn": torch.from_numpy(attention),
         "out_selection_order": torch.tensor(order),
         "out_keep_indices": torch.tensor(sorted(order)),
-        "out_alpha_t2v": torch.tensor(0.5),
     }
     return write(path, tensors, {"k": kept, "thumbnail_tokens": thumbnail})
 
