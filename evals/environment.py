@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,14 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "command": " ".join(["mmcompress", *sys.argv[1:]]),
+    }
+
+
+def bench_environment(module: str, device: str) -> dict[str, Any]:
+    """The same for benchmark `module` on "cpu" or "cuda"."""
+    return environment() | {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "command": f"python -m mmcompress.evals.bench.{module} {shlex.join(sys.argv[1:])}",
     }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,17 +11,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from mmcompress.accounting import Stats
 from mmcompress.errors import MMCompressError, SpecError
+from mmcompress.evals.bench.rows import WIDTH, markdown, table
 from mmcompress.evals.bench.shapes import SHAPES
 from mmcompress.evals.comparison import plan
-from mmcompress.evals.environment import environment
+from mmcompress.evals.environment import bench_environment
 from mmcompress.evals.report import budget
 from mmcompress.evals.runner import Run, configure
 from mmcompress.integrations.hf import wrap
@@ -31,7 +27,6 @@ from mmcompress.spec import split_specs
 
 METHODS = "uniform,divprune,fastv,pyramiddrop,transprune,sparsevlm,divprune(keep=0.5) + transprune"
 COLUMNS = ("methods", "keep", "tokens/layer", "encoder ms", "select ms", "prefill ms", "prefill x", "limit x", "all x")
-WIDTH = 116
 NOTES = (
     "keep: visual tokens per LLM layer on average. prefill: the LLM on the whole prompt, with all that is selected "
     "inside it; select: before it. x: time of the unpruned model over that of the run, medians of runs taken in turns "
@@ -124,22 +119,14 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
     model, inputs = SHAPES[settings.shape].build(settings.layers, settings.device, dtype)
     chosen = plan(model, split_specs(settings.methods), settings.keep)
     rows = measure(model, inputs, chosen.runs, settings.repeats, console)
-    device = torch.cuda.get_device_name() if settings.device == "cuda" else settings.device
-    command = f"python -m mmcompress.evals.bench.prefill {shlex.join(sys.argv[1:])}"
-    facts = {**environment(), "device": device, "command": command}
+    facts = bench_environment("prefill", settings.device)
     layers = model.config.get_text_config().num_hidden_layers
     notes = [f"{settings.shape} with {layers} LLM layers, {settings.dtype}, batch of 1.", *NOTES]
     notes += [f"left out: {what}: {reason}" for what, reason in chosen.left_out.items()]
     notes.append(", ".join(f"{name} {value}" for name, value in facts.items()))
-    table = Table(box=SIMPLE, padding=0, width=WIDTH, caption=escape("\n".join(notes)), caption_justify="left")
-    for heading in COLUMNS:
-        table.add_column(heading, justify="left" if heading == "methods" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row.cells())
-    console.print(table, width=WIDTH, crop=False)
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(row.cells() for row in rows)]
-    text = "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *(f"- {note}" for note in notes), ""])
-    (settings.out / "table.md").write_text(text, encoding="utf-8")
+    cells = [row.cells() for row in rows]
+    console.print(table(COLUMNS, cells, notes), width=WIDTH, crop=False)
+    (settings.out / "table.md").write_text(markdown(COLUMNS, cells, notes), encoding="utf-8")
     record = {"environment": facts, "layers": layers, "dtype": settings.dtype, "rows": [asdict(row) for row in rows]}
     (settings.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(f"wrote {settings.out}/table.md and results.json", highlight=False)

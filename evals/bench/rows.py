@@ -1,4 +1,4 @@
-"""The table of a benchmark: each method's time beside that of what it is compared with."""
+"""The table of a benchmark, and the rows of the one of selections."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.table import Table
 from mmcompress.evals.bench.timing import ENOUGH_SECONDS, REPEATS
 
 COLUMNS = ("method", "tokens", "item", "kept", "ms/image", "against", "its ms/image", "ratio", "equal")
+WORDS = ("method", "methods", "item", "against")
+"""The columns that hold words, not numbers."""
 WIDTH = 116
 NOTE = (
     f"ms/image: median over {REPEATS} runs of a batch, fewer where they take {ENOUGH_SECONDS:g} s, after a warm-up of "
@@ -59,19 +61,18 @@ class Row:
         return [self.method, str(self.tokens), self.item, kept, ms, self.against, against_ms, ratio, equal]
 
 
-def table(rows: Sequence[Row], limit: float, notes: Sequence[str]) -> Table:
-    """The rows as a table, notes below; what selects differently stands out."""
-    left = ("method", "item", "against")
+def table(columns: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> Table:
+    """The cells as a table, notes below; a row that ends in NO stands out."""
     caption = escape("\n".join(notes))
     drawn = Table(box=SIMPLE, padding=0, width=WIDTH, caption=caption, caption_justify="left", caption_style="dim")
-    for heading in COLUMNS:
-        drawn.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
-    for row in rows:
-        drawn.add_row(*map(escape, row.cells(limit)), style="bold red" if row.equal is False else "")
+    for heading in columns:
+        drawn.add_column(heading, justify="left" if heading in WORDS else "right", no_wrap=True)
+    for row in cells:
+        drawn.add_row(*map(escape, row), style="bold red" if row[-1] == "NO" else "")
     return drawn
 
 
-def markdown(rows: Sequence[Row], limit: float, notes: Sequence[str]) -> str:
+def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     """The same in Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(row.cells(limit) for row in rows)]
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *(f"- {note}" for note in notes), ""])
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {note}" for note in notes), ""])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,9 +18,9 @@ from mmcompress.budget import Budget
 from mmcompress.errors import MMCompressError, SpecError
 from mmcompress.evals.bench.items import CLIP, layout, make_item
 from mmcompress.evals.bench.plain import PLAIN, plain_loop
-from mmcompress.evals.bench.rows import NOTE, WIDTH, Row, markdown, table
+from mmcompress.evals.bench.rows import COLUMNS, NOTE, WIDTH, Row, markdown, table
 from mmcompress.evals.bench.timing import time_batch
-from mmcompress.evals.environment import environment
+from mmcompress.evals.environment import bench_environment
 from mmcompress.method import VisualMethod
 from mmcompress.registry import METHODS
 from mmcompress.spec import Spec, split_specs
@@ -102,28 +101,24 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
     texts = split_specs(settings.methods) if settings.methods else default_specs()
     built = [build(text) for text in texts]
     left_out = {str(spec): reason for spec, _, reason in built if reason}
-    cells = [(spec, method, tokens) for spec, method, reason in built if not reason for tokens in settings.tokens]
+    work = [(spec, method, tokens) for spec, method, reason in built if not reason for tokens in settings.tokens]
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings.threads)
     rows = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress, torch.inference_mode():
-        task = progress.add_task("", total=len(cells))
-        for spec, method, tokens in cells:
+        task = progress.add_task("", total=len(work))
+        for spec, method, tokens in work:
             progress.update(task, description=f"{spec} {tokens}")
             rows.append(measure(spec, method, tokens, settings.images, keep, limit, device))
             progress.advance(task)
 
-    command = f"python -m mmcompress.evals.bench.selection {shlex.join(sys.argv[1:])}"
-    facts = {
-        **environment(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "command": command,
-    }
+    facts = bench_environment("selection", device)
     notes = [NOTE, *(f"left out: {name}, {reason}." for name, reason in left_out.items())]
     notes.append(f"batches of {settings.images}, keep {keep}, " + ", ".join(f"{k} {v}" for k, v in facts.items()))
-    console.print(table(rows, limit, notes), width=WIDTH, crop=False)
-    (settings.out / "table.md").write_text(markdown(rows, limit, notes), encoding="utf-8")
+    cells = [row.cells(limit) for row in rows]
+    console.print(table(COLUMNS, cells, notes), width=WIDTH, crop=False)
+    (settings.out / "table.md").write_text(markdown(COLUMNS, cells, notes), encoding="utf-8")
     record = {
         "environment": facts,
         "images": settings.images,

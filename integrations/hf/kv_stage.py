@@ -112,10 +112,9 @@ class KVStage:
             )
         self._local.run = run
 
-    def end(self) -> KVRun | None:
-        """The pass that was followed, if there was one; nothing is followed any more."""
-        run, self._local.run = self._local.run, None
-        return run
+    def end(self) -> None:
+        """Follow nothing any more."""
+        self._local.run = None
 
     def _before_layer(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         run = self._local.run
@@ -146,9 +145,10 @@ class KVStage:
 
     def _evict(self, run: KVRun, layer: int, held: Held, brings_prompt: bool) -> Held:
         stored: Any = run.cache.layers[layer]
-        capacity, observed, chosen = held.capacity.clone(), held.observed, []
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+        capacity, observed = held.capacity.clone(), held.observed
+        views: list[KVRow] = []
+        choices: list[list[Tensor]] = []
+        chosen: list[Tensor] = []
         for row in range(len(held.valid)):
             columns = held.valid[row].nonzero()[:, 0]
             if brings_prompt:
@@ -167,18 +167,19 @@ class KVStage:
                     f"{self.policy.info.name} keeps another number of entries in every head, which this engine's "
                     "caches cannot hold."
                 )
+            views.append(view)
+            choices.append(kept)
             chosen.append(columns[torch.stack(kept)])
-            for parts, of_heads in zip((keys, values), self.policy.hold(view, kept), strict=True):
-                parts.append(torch.stack(of_heads))
         held = replace(held, capacity=capacity, observed=observed)
         length, left = held.valid.shape[1], max(entries.shape[1] for entries in chosen)
         if left == length:
             return held
         index = torch.stack([nn.functional.pad(entries, (left - entries.shape[1], 0)) for entries in chosen])
         valid = torch.stack([torch.arange(left, device=index.device) >= left - entries.shape[1] for entries in chosen])
+        rows = [self.policy.hold(view, kept) for view, kept in zip(views, choices, strict=True)]
         stored.keys, stored.values = (
-            torch.stack([nn.functional.pad(part, (0, 0, left - part.shape[1], 0)) for part in parts])
-            for parts in (keys, values)
+            torch.stack([nn.functional.pad(torch.stack(part), (0, 0, left - len(part[0]), 0)) for part in parts])
+            for parts in zip(*rows, strict=True)
         )
         stored.dropped += length - left
         return Held(
