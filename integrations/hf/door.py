@@ -160,7 +160,7 @@ class Door:
             hook.remove()
         self._generation.remove()
         self.vision.remove()
-        for stage in (self.llm_stage, self.kv_stage):
+        for stage in (self.kv_stage, self.llm_stage):  # both may have tapped a layer; the last tap goes first
             if stage is not None:
                 stage.remove()
 

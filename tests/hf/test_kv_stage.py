@@ -155,6 +155,18 @@ def test_behind_visual_compression(method: str, snapshots: Snapshots) -> None:
         torch.testing.assert_close(torch.stack(output.logits, 1), expected, atol=TOLERANCE, rtol=0)
 
 
+def test_unwrapping_gives_layers_back_that_two_stages_read() -> None:
+    model = FAMILIES["llava"].build("eager")
+    configs = [layer.self_attn.config for layer in model.model.language_model.layers]
+    inputs = FAMILIES["llava"].inputs(model, "mixed")
+    with mmcompress.wrap(model, "fastv(keep=0.5)", kv="snapkv(keep=8, window=4)"):
+        generate(model, inputs, 2)
+    assert all(
+        layer.self_attn.config is config
+        for layer, config in zip(model.model.language_model.layers, configs, strict=True)
+    )
+
+
 @pytest.mark.parametrize("scope", ["visual", "text"])
 def test_what_is_out_of_scope_stays(scope: str, snapshots: Snapshots) -> None:
     family = FAMILIES["llava"]
