@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mmcompress import ops
+from mmcompress.budget import Budget
 from mmcompress.errors import SpecError
 from mmcompress.registry import MethodInfo
 from mmcompress.types import Positions
@@ -29,12 +31,28 @@ class KVNeeds:
         unrotated: whether these are wanted as they are before rotation.
         steps: whether the query of every later token is read too.
         masses: whether a layer's budget depends on `Evictor.mass` of all layers, so that entries go behind the last.
+        draft: folder of a smaller model that says how the prompt goes on, so that entries go behind the last layer.
+        lookahead: how many tokens it says at most.
     """
 
     queries: int | Literal["all", "question"] = 0
     unrotated: bool = False
     steps: bool = False
     masses: bool = False
+    draft: str | None = None
+    lookahead: int = 0
+
+
+class Ahead(NamedTuple):
+    """Tokens that a draft expects behind the prompt; the layer asked for them and forgot them again.
+
+    Args:
+        query: `[heads, tokens, dim]`, rotated.
+        key: `[kv_heads, tokens, dim]`, rotated.
+    """
+
+    query: Tensor
+    key: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class KVRow:
         unrotated: the same before rotation.
         observed: `[kv_heads, entries]`, what `Evictor.observe` said of each entry, summed; None before the first time.
         masses: `[layers]`, what `Evictor.mass` said of each layer; None unless asked for.
+        ahead: what a draft expects next; None unless asked for.
         rotation: place -> cosines and sines `[..., dim]` of that position.
     """
 
@@ -72,6 +91,7 @@ class KVRow:
     unrotated: Tensor | None = None
     observed: Tensor | None = None
     masses: Tensor | None = None
+    ahead: Ahead | None = None
     rotation: Rotation | None = None
 
     @property
@@ -120,14 +140,36 @@ class Evictor(KVPolicy):
 
     Args:
         scope: which entries may go: all, those of visual tokens, or those of text.
+        every: steps from one eviction to the next, for policies that go on; in between as many entries more are held.
     """
 
     scope: Scope = "all"
+    every: int = 1
 
     @property
     def schedule(self) -> Schedule:
         """When entries go: once behind the prompt, or then and again behind every step."""
         return "prefill"
+
+    @property
+    def least(self) -> int:
+        """How many entries always stay, however long the prompt: sinks, the recent window."""
+        return 0
+
+    def require(self, keep: Budget) -> None:
+        """Check what no prompt could change.
+
+        Raises:
+            SpecError: the budget is smaller than what must stay, or `every` makes no sense.
+        """
+        if self.every < 1 or (self.every > 1 and self.schedule == "prefill"):
+            why = "must be at least 1" if self.every < 1 else "says nothing, as entries go behind the prompt only"
+            raise SpecError(f"{self.info.name}: every={self.every} {why}.")
+        if isinstance(keep.keep, int) and keep.keep < self.least:
+            raise SpecError(
+                f"{self.info.name}: {self.least} entries always stay, more than keep={keep.keep}; raise keep or lower "
+                f"what stays, see mmcompress info --kv {self.info.name}."
+            )
 
     @property
     def positions(self) -> Positions:
@@ -173,6 +215,19 @@ class Evictor(KVPolicy):
         budget = self.budget(row, keep)
         if budget >= row.entries:
             return [torch.arange(row.entries, device=row.key.device)] * len(row.key)
+        stays, scores = self._stays(row, keep, budget), self.score(row)
+        return self._best(scores, stays, self.head_budgets(scores, stays, budget))
+
+    def select_heads(self, heads: Sequence[KVRow], keep: int) -> list[Tensor]:
+        """`select` where the KV heads, each a row of its own, hold different numbers of entries."""
+        if keep * len(heads) >= sum(head.entries for head in heads):
+            return [torch.arange(head.entries, device=head.key.device) for head in heads]
+        scores = pad_sequence([self.score(head)[0] for head in heads], batch_first=True, padding_value=-torch.inf)
+        stays = pad_sequence([self._stays(head, keep, keep)[0] for head in heads], batch_first=True)
+        budgets = self.head_budgets(scores, stays, keep)
+        return self._best(scores, stays, [min(b, head.entries) for b, head in zip(budgets, heads, strict=True)])
+
+    def _stays(self, row: KVRow, keep: int, budget: int) -> Tensor:
         stays = self.protected(row, keep)
         if self.scope != "all":
             stays = stays | (row.visual != (self.scope == "visual"))
@@ -181,8 +236,9 @@ class Evictor(KVPolicy):
             raise SpecError(
                 f"{self.info.name}: {needed} entries must stay, but layer {row.layer} may hold {budget}; raise keep."
             )
-        scores = self.score(row)
-        budgets = self.head_budgets(scores, stays, budget)
+        return stays
+
+    def _best(self, scores: Tensor, stays: Tensor, budgets: Sequence[int]) -> list[Tensor]:
         order = scores.masked_fill(stays, torch.inf).argsort(dim=1, descending=True, stable=True)
         return [ranked[:count].sort().values for ranked, count in zip(order, budgets, strict=True)]
 

@@ -81,7 +81,7 @@ class Held:
     """What a layer holds under a KV policy.
 
     Args:
-        valid: `[batch, entries]` bool, which entries are no padding.
+        valid: `[batch, kv_heads, entries]` bool, which entries are no padding.
         place: `[batch, kv_heads, entries]`, which token of its row each entry is of.
         visual: `[batch, kv_heads, entries]` bool, which are of visual tokens.
         seen: `[batch]`, tokens of each row so far.
@@ -100,8 +100,17 @@ class Held:
 
     def take(self, rows: Tensor) -> Held:
         """Only the rows numbered `rows`."""
-        named: dict[str, Tensor] = {name: part for name, part in vars(self).items() if part is not None}
-        return replace(self, **{name: part[rows.to(part.device)] for name, part in named.items()})
+        return replace(self, **{name: part[rows.to(part.device)] for name, part in self._parts.items()})
+
+    def crop(self, columns: int) -> Held:
+        """All but the last `columns`, which came behind the prompt."""
+        gone = self.valid[:, 0, -columns:].sum(dim=1)
+        by_entry = {name: part[..., :-columns] for name, part in self._parts.items() if part.dim() == 3}
+        return replace(self, seen=self.seen - gone, generated=self.generated - gone, **by_entry)
+
+    @property
+    def _parts(self) -> dict[str, Tensor]:
+        return {name: part for name, part in vars(self).items() if part is not None}
 
 
 @dataclass
@@ -113,6 +122,7 @@ class CacheState:
         shift: `[batch]`, by how much renumbered positions lag behind the original ones.
         stretches: by layer, what is different from there on.
         held: by layer, what a KV policy left.
+        masses: `[batch, layers]`, what a KV policy that compares layers found; None if it does not.
         floor: how many tokens were seen when the last one arrived that compression may have removed.
     """
 
@@ -120,11 +130,12 @@ class CacheState:
     shift: Tensor | None = None
     stretches: dict[int, Stretch] = field(default_factory=dict)
     held: dict[int, Held] = field(default_factory=dict)
+    masses: Tensor | None = None
     floor: int = 0
 
     def copy(self) -> CacheState:
         """The same, to be changed without changing this one."""
-        return CacheState(self.mask, self.shift, dict(self.stretches), dict(self.held), self.floor)
+        return replace(self, stretches=dict(self.stretches), held=dict(self.held))
 
     def take(self, rows: Tensor) -> None:
         """Follow a cache whose rows became those numbered `rows`."""
@@ -132,6 +143,7 @@ class CacheState:
         self.shift = None if self.shift is None else self.shift[rows.to(self.shift.device)]
         self.stretches = {layer: stretch.take(rows) for layer, stretch in self.stretches.items()}
         self.held = {layer: held.take(rows) for layer, held in self.held.items()}
+        self.masses = None if self.masses is None else self.masses[rows.to(self.masses.device)]
 
 
 class PrunedCache(Cache):
@@ -176,12 +188,8 @@ class PrunedCache(Cache):
         """Take the last tokens off again: so many as a negative number, or, before transformers 5.20, all but so many.
 
         Raises:
-            UnsupportedError: some of them are of a compressed prompt, or a KV policy took out others.
+            UnsupportedError: some of them came before others that were taken out.
         """
-        if self.state.held:
-            raise UnsupportedError(
-                "a cache under a KV policy cannot be cropped, as assisted decoding does: entries are gone already."
-            )
         seen = int(self.get_seq_length())
         left = seen + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, seen)
         if left < self.state.floor:
@@ -189,6 +197,8 @@ class PrunedCache(Cache):
                 f"cannot crop a cache to {left} tokens: the first {self.state.floor} are compressed and stay together."
             )
         super().crop(tokens_to_remove)
+        if left < seen:
+            self.state.held = {layer: held.crop(seen - left) for layer, held in self.state.held.items()}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace every row by that of its beam."""
@@ -241,6 +251,22 @@ def layer_mask(
         position_ids=None,
         layer_idx=layer,
     )
+
+
+def head_mask(config: PretrainedConfig, embeds: Tensor, valid: Tensor) -> Tensor:
+    """`layer_mask` where KV heads hold different entries: `valid` `[batch, kv_heads, stored + new]` tells which.
+
+    Returns:
+        `[batch, heads, new, stored + new]`, bool for SDPA, to be added for eager attention.
+    """
+    new, total = embeds.shape[1], valid.shape[2]
+    heads: int = config.num_attention_heads // valid.shape[1]
+    causal = torch.ones(new, total, dtype=torch.bool, device=valid.device).tril(total - new)
+    itself = torch.ones_like(causal).triu(total - new) & causal  # padding sees nothing else, and must see something
+    sees = valid.repeat_interleave(heads, dim=1)[:, :, None] & causal | itself
+    if config._attn_implementation == "sdpa":
+        return sees
+    return torch.zeros_like(sees, dtype=embeds.dtype).masked_fill(~sees, torch.finfo(embeds.dtype).min)
 
 
 _PRUNED: dict[type, tuple[type[PrunedCache], type, type[PrunedLayer]]] = {

@@ -130,7 +130,7 @@ class Door:
         self.trace: list[Trace] = []
         self.kv_held: int | None = None
         self.vision = Vision(family, self._needs, self._projector, self._stage)
-        self._generation = Generation(model)
+        self._generation = Generation(model, "" if kv_stage is None else f"KV policy {kv_stage.policy.info.name}")
         base, decoder = family.base, self._decoder
         self._hooks = [
             base.register_forward_pre_hook(self._before_base, with_kwargs=True),
@@ -207,6 +207,11 @@ class Door:
         if cache is None and (module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
             cache = DynamicCache(config=module.config)
         call = Call(Span(kwargs["inputs_embeds"].device), visual)
+        if cache is None and self.kv_stage is not None:
+            raise UnsupportedError(
+                f"KV policy {self.kv_stage.policy.info.name} acts on a cache, but use_cache=False; leave that "
+                "out, or unwrap the model."
+            )
         if cache is not None:
             call.cache = adopt(cache)
             call.state = call.cache.state.copy()
@@ -220,6 +225,7 @@ class Door:
         state = call.state
         self._require_same_layers(state)
         call.seen = 0 if call.cache is None else int(call.cache.get_seq_length())
+        call.tail = self._generation.said(call.seen + length)
         current, past = self._masks(kwargs.get("attention_mask"), call, batch, length, embeds.device)
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -231,7 +237,6 @@ class Door:
 
         valid, prompt = current, None
         if call.visual:
-            call.tail = self._generation.said(call.seen + length)
             kwargs, prompt, positions = self._remove_tokens(kwargs, call, current, positions)
             valid = prompt.valid
         if positions.dim() == 3 and positions.shape[0] == 4:  # row 0 of Qwen's ids only serves to detect packing
@@ -251,7 +256,9 @@ class Door:
         if self.kv_stage is not None and call.cache is not None:
             seen = torch.zeros_like(valid) if prompt is None else prompt.visual
             inside = None if self.llm_stage is None else run
-            self.kv_stage.begin(KVRun(call.cache, state, valid, seen, past, positions, call.tail, inside))
+            self.kv_stage.begin(
+                KVRun(call.cache, state, valid, seen, past, positions, call.tail, call.seen + length, inside)
+            )
         return kwargs
 
     def _require_same_layers(self, state: CacheState) -> None:
@@ -403,7 +410,7 @@ class Door:
         call.span.stop()
         run = None if self.llm_stage is None else self.llm_stage.end()
         if self.kv_stage is not None and call.cache is not None:
-            self.kv_stage.end()
+            self.kv_stage.finish()
             held: list[Any] = call.cache.layers
             self.kv_held = sum(part.nbytes for layer in held for part in (layer.keys, layer.values))
         if call.removal is None:

@@ -11,6 +11,7 @@ from typing import Any
 from mmcompress.errors import UnsupportedError
 
 FEATURE_INPUTS = ("pixel_values", "pixel_values_videos")
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 _LENGTHS = ("attention_mask", "input_ids", "inputs", "inputs_embeds")  # the first that is given tells it
 
 
@@ -26,10 +27,15 @@ class Generation:
 
     Without a cache and in assisted decoding, forward passes read what was said after the prompt together with it, but
     what is removed from the prompt must not depend on that.
+
+    Args:
+        model: whose.
+        refuses_drafts: who cannot have drafted tokens read together with the prompt; "" if that does no harm.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, refuses_drafts: str = "") -> None:
         self._model = model
+        self._refuses_drafts = refuses_drafts
         self._local = _Local()
         self._before = vars(model).get("generate")
         if hasattr(model, "generate"):
@@ -54,6 +60,7 @@ class Generation:
             call |= call.pop("kwargs", {})
             length = next((call[name].shape[1] for name in _LENGTHS if call.get(name) is not None), None)
             self._refuse_pieces(call, length)
+            self._refuse_drafts(call)
             outer, self._local.prompt = self._local.prompt, length
             try:
                 return generate(*args, **kwargs)
@@ -61,6 +68,15 @@ class Generation:
                 self._local.prompt = outer
 
         return watched
+
+    def _refuse_drafts(self, call: Mapping[str, Any]) -> None:
+        config = call.get("generation_config") or self._model.generation_config
+        asked = [name for name in _DRAFTS if (call.get(name) or getattr(config, name, None)) is not None]
+        if asked and self._refuses_drafts:
+            raise UnsupportedError(
+                f"{self._refuses_drafts} takes entries out behind the prompt, but assisted decoding reads drafted "
+                f"tokens together with it; leave {asked[0]} out."
+            )
 
     def _refuse_pieces(self, call: Mapping[str, Any], length: int | None) -> None:
         config = call.get("generation_config") or self._model.generation_config

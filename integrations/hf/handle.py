@@ -19,7 +19,7 @@ from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.cache import adopt
 from mmcompress.integrations.hf.door import Door
 from mmcompress.integrations.hf.families import FAMILIES, Family
-from mmcompress.integrations.hf.kv_stage import KVStage
+from mmcompress.integrations.hf.kv_stage import KVStage, require_kv
 from mmcompress.integrations.hf.llm_stage import LLMStage, llm_facts, require_in_llm
 from mmcompress.kv_policy import Evictor
 from mmcompress.llm_method import LLMFacts, LLMMethod
@@ -70,6 +70,8 @@ class Handle:
         for keep in (stages.keep, stages.llm_keep):
             if keep is not None:
                 self._require_within_reach(keep)
+        if self.policy is not None:
+            require_kv(family, model, self.policy, stages.kv_keep or Budget(1.0))
         self._base = family.base
         llm_stage = None
         if self.llm_method is not None:
@@ -281,7 +283,13 @@ def _stages(config: CompressionConfig) -> _Stages:
         stages = _Stages(method, spec.keep, part)
     if config.kv is None:
         return stages
-    return replace(stages, kv=_policy(config.kv), kv_keep=config.kv.keep)
+    policy = _policy(config.kv)
+    if policy.positions == "renumber" and (stages.llm is not None or config.positions == "original"):
+        raise SpecError(
+            f"{policy.info.name} numbers what stays by its place in the cache, so every layer must hold the same: give "
+            "no method that acts inside the LLM, nor positions=original, beside it."
+        )
+    return replace(stages, kv=policy, kv_keep=config.kv.keep)
 
 
 def _policy(spec: Spec) -> Evictor:
@@ -292,16 +300,8 @@ def _policy(spec: Spec) -> Evictor:
         UnsupportedError: this engine cannot apply it.
     """
     policy: Any = POLICIES.build(spec.name, spec.options)
-    reason = ""
     if not isinstance(policy, Evictor):
         reason = "it changes how entries are held, and this engine's caches only drop them"
-    elif policy.positions == "renumber":
-        reason = "it numbers entries anew, and this engine leaves their positions"
-    elif policy.needs().masses:
-        reason = "it compares all layers before any of them loses entries"
-    elif type(policy).head_budgets is not Evictor.head_budgets:
-        reason = "its heads hold different numbers of entries"
-    if reason:
         raise UnsupportedError(f"KV policy {spec.name} cannot be applied yet: {reason}.")
     if spec.keep is None or spec.keep.average:
         raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a count of entries, as in keep=512.")

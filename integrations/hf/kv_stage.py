@@ -1,12 +1,14 @@
 """The KV stage: hooks on decoder layers that take entries out of a layer's cache as soon as its attention has run.
 
-What a layer holds is kept with the cache, per row and KV head: masks of later passes are built from it, layer by layer.
+A policy that compares layers waits for the last one. What a layer holds is kept with the cache, per row and KV head:
+masks of later passes are built from it, layer by layer.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +19,14 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from mmcompress.budget import Budget
 from mmcompress.errors import UnsupportedError
-from mmcompress.integrations.hf.cache import CacheState, Held, PrunedCache, layer_mask
+from mmcompress.integrations.hf.cache import CacheState, Held, PrunedCache, head_mask, layer_mask
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.llm_stage import Run
 from mmcompress.integrations.hf.taps import tap
 from mmcompress.kv_policy import Evictor, KVRow
+
+Asked = tuple[Tensor | None, Tensor | None]
+"""Queries of a row `[heads, queries, dim]`, rotated and before rotation; None where they are not needed."""
 
 
 @dataclass
@@ -36,10 +41,13 @@ class KVRun:
         past: `[batch, stored]` which of the columns that were stored before are no padding.
         ids: their position ids `[..., batch, length]`.
         said: how many of the last columns came behind the prompt.
+        seen: how many columns were seen, with those of this pass.
         inside: the same pass on its way through layers that lose tokens.
         queries: what the layer that is running asks, `[batch, heads, columns, dim]`.
         scaling: factor on its logits.
         rotary: its cosines and sines.
+        waiting: by layer that is to lose entries behind the last one, what each row asked there.
+        dropped: `[batch]`, how many entries the first layer lost; None if none.
     """
 
     cache: PrunedCache
@@ -49,10 +57,18 @@ class KVRun:
     past: Tensor
     ids: Tensor
     said: int
+    seen: int
     inside: Run | None = None
     queries: Tensor | None = None
     scaling: float = 1.0
     rotary: tuple[Tensor, Tensor] | None = None
+    waiting: dict[int, list[Asked]] = field(default_factory=dict)
+    dropped: Tensor | None = None
+
+    @property
+    def brings_prompt(self) -> bool:
+        """Whether more is read than the token that was generated last."""
+        return self.current.shape[1] - self.said > 1
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """Which of the columns that are left at this depth are no padding, and which are visual tokens."""
@@ -65,6 +81,37 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.run: KVRun | None = None
+
+
+def _is_headwise(policy: Evictor) -> bool:
+    return type(policy).head_budgets is not Evictor.head_budgets
+
+
+def require_kv(family: Family, model: Any, policy: Evictor, keep: Budget) -> None:
+    """Check, before anything is changed, that `policy` can act on a model.
+
+    Raises:
+        UnsupportedError: the model's attention, positions or cache cannot take what the policy leaves.
+        SpecError: the budget is too small for any prompt.
+    """
+    name, attention = policy.info.name, family.base.get_decoder().config._attn_implementation
+    policy.require(keep)
+    if _is_headwise(policy) and attention not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"KV policy {name} leaves every head another number of entries, and {attention} takes one mask for all "
+            "heads; load the model with attn_implementation='sdpa'."
+        )
+    if policy.positions == "renumber" and family.positions == "original":
+        raise UnsupportedError(
+            f"KV policy {name} numbers what stays by its place in the cache, but the positions of "
+            f"{type(family.base).__name__} have three rows (M-RoPE) and no such place; give compat=none."
+        )
+    asked = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
+    if asked is not None and "static" in asked:
+        raise UnsupportedError(
+            f"KV policy {name} changes how much a cache holds, but the model's generation_config asks for "
+            f"cache_implementation={asked!r}; set that to None."
+        )
 
 
 class KVStage:
@@ -80,6 +127,8 @@ class KVStage:
         self.policy, self.keep = policy, keep
         self._needs = policy.needs()
         self._counts = type(policy).observe is not Evictor.observe
+        self._headwise = _is_headwise(policy)
+        self._renumbers = policy.positions == "renumber"
         self._decoder: Any = family.base.get_decoder()
         self._local = _Local()
         self._hooks: list[Any] = []
@@ -112,6 +161,18 @@ class KVStage:
             )
         self._local.run = run
 
+    def finish(self) -> None:
+        """Take out what waited for the last layer, and settle what the pass changed for all layers."""
+        run = self._local.run
+        if run is None:
+            return
+        if run.waiting:
+            self._compare_layers(run)
+        if run.dropped is not None:
+            run.state.floor = run.seen
+            if self._renumbers:
+                run.state.shift = run.dropped if run.state.shift is None else run.state.shift + run.dropped
+
     def end(self) -> None:
         """Follow nothing any more."""
         self._local.run = None
@@ -124,8 +185,15 @@ class KVStage:
         held = run.state.held.get(layer)
         if held is None:
             return None
-        mask = torch.cat([held.valid, run.columns()[0]], dim=1)
-        return args, {**kwargs, "attention_mask": layer_mask(self._decoder.config, args[0], mask, run.cache, layer)}
+        new = run.columns()[0][:, None].expand(-1, held.valid.shape[1], -1)
+        valid = torch.cat([held.valid, new], dim=2)
+        config = self._decoder.config
+        mask = (
+            head_mask(config, args[0], valid)
+            if self._headwise
+            else layer_mask(config, args[0], valid[:, 0], run.cache, layer)
+        )
+        return args, {**kwargs, "attention_mask": mask}
 
     def _collect(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
         if self._local.run is not None:
@@ -136,95 +204,147 @@ class KVStage:
         run = self._local.run
         if run is None:
             return
-        stored: Any = run.cache.layers[layer]
-        held = _extended(run, layer, stored.keys.shape[1], run.cache.stored(layer))
-        brings_prompt = layer not in run.state.held or run.current.shape[1] - run.said > 1
+        brings_prompt = layer not in run.state.held or run.brings_prompt
+        held = _extended(run, layer, run.cache.layers[layer])
         if brings_prompt or self.policy.schedule == "step":
-            held = self._evict(run, layer, held, brings_prompt)
+            asked = [self._asked(run, held, row) for row in range(len(held.valid))]
+            if brings_prompt and self._needs.masses:
+                run.waiting[layer] = asked
+            else:
+                held = self._evict(run, layer, held, asked, brings_prompt)
         run.state.held[layer] = held
 
-    def _evict(self, run: KVRun, layer: int, held: Held, brings_prompt: bool) -> Held:
-        stored: Any = run.cache.layers[layer]
+    def _compare_layers(self, run: KVRun) -> None:
+        held, asked = run.state.held, run.waiting
+        rows = range(len(run.current))
+        masses = [[self.policy.mass(self._views(run, n, held[n], row, asked[n][row])[0]) for n in held] for row in rows]
+        run.state.masses = torch.stack([torch.stack([mass.to(run.current.device) for mass in row]) for row in masses])
+        for layer, rows_asked in asked.items():
+            held[layer] = self._evict(run, layer, held[layer], rows_asked, brings_prompt=True)
+
+    def _evict(self, run: KVRun, layer: int, held: Held, asked: Sequence[Asked], brings_prompt: bool) -> Held:
         capacity, observed = held.capacity.clone(), held.observed
-        views: list[KVRow] = []
-        choices: list[list[Tensor]] = []
-        chosen: list[Tensor] = []
+        due = brings_prompt or int(held.generated.max()) % self.policy.every == 0
+        rows: list[list[KVRow]] = []
+        kept: list[list[Tensor]] = []
         for row in range(len(held.valid)):
-            columns = held.valid[row].nonzero()[:, 0]
+            views = self._views(run, layer, held, row, asked[row])
             if brings_prompt:
-                capacity[row] = self._capacity(held.visual[row][:, columns])
-            view = self._view(run, layer, held, row, columns)
+                capacity[row] = self._capacity(views[0].visual)
             if self._counts:
                 if observed is None:
                     observed = torch.zeros(held.place.shape, device=held.place.device)
-                observed[row][:, columns] += self.policy.observe(view)
-                view = replace(view, observed=observed[row][:, columns])
-            kept = [torch.arange(len(columns), device=columns.device)] * len(view.key)
-            if len(columns) > capacity[row]:
-                kept = self.policy.select(view, int(capacity[row]))
-            if len({len(entries) for entries in kept}) > 1:
-                raise UnsupportedError(
-                    f"{self.policy.info.name} keeps another number of entries in every head, which this engine's "
-                    "caches cannot hold."
-                )
-            views.append(view)
-            choices.append(kept)
-            chosen.append(columns[torch.stack(kept)])
+                (view,) = views
+                observed[row][held.valid[row]] += self.policy.observe(view).flatten()
+                views = [replace(view, observed=observed[row][held.valid[row]].view_as(view.place))]
+            rows.append(views)
+            kept.append(self._choose(views, int(capacity[row]) if due else held.valid.shape[2]))
         held = replace(held, capacity=capacity, observed=observed)
-        length, left = held.valid.shape[1], max(entries.shape[1] for entries in chosen)
-        if left == length:
+        entries = held.valid.sum(dim=2).flatten().tolist()
+        if [len(indices) for heads in kept for indices in heads] == entries:
             return held
-        index = torch.stack([nn.functional.pad(entries, (left - entries.shape[1], 0)) for entries in chosen])
-        valid = torch.stack([torch.arange(left, device=index.device) >= left - entries.shape[1] for entries in chosen])
-        rows = [self.policy.hold(view, kept) for view, kept in zip(views, choices, strict=True)]
-        stored.keys, stored.values = (
-            torch.stack([nn.functional.pad(torch.stack(part), (0, 0, left - len(part[0]), 0)) for part in parts])
-            for parts in zip(*rows, strict=True)
-        )
+        return self._hold(run, layer, held, rows, kept)
+
+    def _choose(self, views: Sequence[KVRow], capacity: int) -> list[Tensor]:
+        if len(views) > 1:
+            return self.policy.select_heads(views, capacity)
+        (view,) = views
+        if view.entries > capacity:
+            return self.policy.select(view, capacity)
+        return [torch.arange(view.entries, device=view.key.device)] * len(view.key)
+
+    def _hold(
+        self, run: KVRun, layer: int, held: Held, rows: Sequence[Sequence[KVRow]], kept: Sequence[Sequence[Tensor]]
+    ) -> Held:
+        stored: Any = run.cache.layers[layer]
+        length = held.valid.shape[2]
+        left = max(len(indices) for heads in kept for indices in heads)
+        if layer == 0:
+            counts = torch.tensor([len(heads[0]) for heads in kept], device=held.seen.device)
+            run.dropped = held.valid[:, 0].sum(dim=1) - counts
+        columns = [
+            [valid.nonzero()[:, 0][indices] for valid, indices in zip(row, heads, strict=True)]
+            for row, heads in zip(held.valid, kept, strict=True)
+        ]
+        index, valid = _aligned(columns, left), _aligned([[c.new_ones(len(c)) for c in row] for row in columns], left)
+        keys: list[list[Tensor]] = []
+        values: list[list[Tensor]] = []
+        for views, heads in zip(rows, kept, strict=True):
+            parts = [heads] if len(views) == 1 else [[indices] for indices in heads]
+            held_parts = [self.policy.hold(view, part) for view, part in zip(views, parts, strict=True)]
+            keys.append([key for part, _ in held_parts for key in part])
+            values.append([value for _, part in held_parts for value in part])
+        stored.keys, stored.values = _aligned(keys, left), _aligned(values, left)
         stored.dropped += length - left
-        return Held(
-            valid=valid,
+        return replace(
+            held,
+            valid=valid.bool(),
             place=held.place.gather(2, index),
             visual=held.visual.gather(2, index),
-            seen=held.seen,
-            generated=held.generated,
-            capacity=capacity,
-            observed=None if observed is None else observed.gather(2, index),
+            observed=None if held.observed is None else held.observed.gather(2, index),
         )
 
     def _capacity(self, visual: Tensor) -> int:
         """How many entries per head a row may hold; those out of scope stay on top of the budget."""
         entries = visual.shape[1]
         scoped = entries if self.policy.scope == "all" else int((visual[0] == (self.policy.scope == "visual")).sum())
-        return entries - scoped + (self.keep.keep if isinstance(self.keep.keep, int) else self.keep.tokens(scoped))
-
-    def _view(self, run: KVRun, layer: int, held: Held, row: int, columns: Tensor) -> KVRow:
-        stored: Any = run.cache.layers[layer]
-        view = KVRow(
-            layer=layer,
-            layers=len(self._decoder.layers),
-            key=stored.keys[row][:, columns],
-            value=stored.values[row][:, columns],
-            place=held.place[row][:, columns],
-            visual=held.visual[row][:, columns],
-            seen=int(held.seen[row]),
-            generated=int(held.generated[row]),
-            scaling=run.scaling,
-            rotation=partial(self._rotation, int(run.ids[..., row, -1].max()) - int(held.seen[row]) + 1),
+        budget = self.keep.keep
+        return (
+            entries
+            - scoped
+            + (budget if isinstance(budget, int) else max(self.keep.tokens(scoped), min(scoped, self.policy.least)))
         )
+
+    def _views(self, run: KVRun, layer: int, held: Held, row: int, asked: Asked) -> list[KVRow]:
+        """The entries of a row; where its KV heads hold different numbers of them, head by head."""
+        stored: Any = run.cache.layers[layer]
+        counts = held.valid[row].sum(dim=1).tolist()
+        heads, query, unrotated = len(counts), *asked
+        parts = [slice(0, heads)] if len({*counts}) == 1 else [slice(head, head + 1) for head in range(heads)]
+        newest = int(run.ids[..., row, -1].max())
+        held_or_seen = counts[0] if self._renumbers else int(held.seen[row])
+
+        def share(heads_of: Tensor | None, part: slice) -> Tensor | None:
+            return None if heads_of is None else heads_of.unflatten(0, (heads, -1))[part].flatten(0, 1)
+
+        def entries(held_of: Tensor, part: slice) -> Tensor:
+            here = held.valid[row][part]
+            return held_of[row][part][here].unflatten(0, (len(here), -1))
+
+        return [
+            KVRow(
+                layer=layer,
+                layers=len(self._decoder.layers),
+                key=entries(stored.keys, part),
+                value=entries(stored.values, part),
+                place=entries(held.place, part),
+                visual=entries(held.visual, part),
+                seen=int(held.seen[row]),
+                generated=int(held.generated[row]),
+                scaling=run.scaling,
+                query=share(query, part),
+                unrotated=share(unrotated, part),
+                masses=None if run.state.masses is None else run.state.masses[row],
+                rotation=partial(self._rotation, newest - held_or_seen + 1),
+            )
+            for part in parts
+        ]
+
+    def _asked(self, run: KVRun, held: Held, row: int) -> Asked:
         if run.queries is None:
-            return view
+            return None, None
         asked = run.columns()[0][row].nonzero()[:, 0]
-        if self._needs.queries == "question" and bool(view.visual.any()):
-            asked = asked[-(view.entries - int(view.visual[0].nonzero().max()) - 1) :]
+        visual = held.visual[row, 0][held.valid[row, 0]].nonzero()
+        if self._needs.queries == "question" and len(visual):
+            asked = asked[-(int(held.valid[row, 0].sum()) - int(visual.max()) - 1) :]
         elif isinstance(self._needs.queries, int) and len(asked) > 1:
             asked = asked[len(asked) - min(self._needs.queries, len(asked)) :]
         query = run.queries[row][:, asked]
         if not self._needs.unrotated:
-            return replace(view, query=query)
+            return query, None
         assert run.rotary is not None
         cosine, sine = (part.expand(len(run.current), -1, -1)[row, asked] for part in run.rotary)
-        return replace(view, query=query, unrotated=query * cosine - rotate_half(query) * sine)
+        return query, query * cosine - rotate_half(query) * sine
 
     def _rotation(self, ahead: int, place: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of text at `place`, where positions are `ahead` of places."""
@@ -234,26 +354,28 @@ class KVStage:
         return cosine[0], sine[0]
 
 
-def _extended(run: KVRun, layer: int, heads: int, length: int) -> Held:
-    """What a layer holds of `length` columns, once those of this pass are stored behind what it held before."""
-    valid, visual = run.columns()
+def _aligned(rows: Sequence[Sequence[Tensor]], length: int) -> Tensor:
+    """`[batch, kv_heads, length, ...]` of what every head of every row has, padded on the left."""
+    padded = [[torch.cat([part.new_zeros(length - len(part), *part.shape[1:]), part]) for part in row] for row in rows]
+    return torch.stack([torch.stack(heads) for heads in padded])
+
+
+def _extended(run: KVRun, layer: int, stored: Any) -> Held:
+    """What a layer holds once what it `stored` in this pass is behind what it held before."""
+    valid, visual = (part[:, None].expand(-1, stored.keys.shape[1], -1) for part in run.columns())
     before = run.state.held.get(layer)
     if before is None:
-        past = run.past[:, : length - valid.shape[1]]
-        counted = (past.cumsum(dim=1) - 1)[:, None].expand(-1, heads, -1)
+        past = run.past[:, None, : stored.keys.shape[2] - valid.shape[2]].expand(-1, valid.shape[1], -1)
         nothing = torch.zeros(len(valid), dtype=torch.long, device=valid.device)
-        before = Held(past, counted, torch.zeros_like(counted, dtype=torch.bool), past.sum(dim=1), nothing, nothing)
-    added = valid.sum(dim=1)
-    place = before.seen[:, None] + valid.cumsum(dim=1) - 1
+        before = Held(past, past.cumsum(2) - 1, torch.zeros_like(past), past[:, 0].sum(1), nothing, nothing)
+    added = valid[:, 0].sum(dim=1)
     observed = before.observed
-    if observed is not None:
-        observed = torch.cat([observed, observed.new_zeros(*observed.shape[:2], valid.shape[1])], dim=2)
     return Held(
-        valid=torch.cat([before.valid, valid], dim=1),
-        place=torch.cat([before.place, place[:, None].expand(-1, heads, -1)], dim=2),
-        visual=torch.cat([before.visual, visual[:, None].expand(-1, heads, -1)], dim=2),
+        valid=torch.cat([before.valid, valid], dim=2),
+        place=torch.cat([before.place, before.seen[:, None, None] + valid.cumsum(dim=2) - 1], dim=2),
+        visual=torch.cat([before.visual, visual], dim=2),
         seen=before.seen + added,
-        generated=before.generated + (added if valid.shape[1] == 1 else 0),
+        generated=torch.zeros_like(added) if run.brings_prompt else before.generated + added,
         capacity=before.capacity,
-        observed=observed,
+        observed=None if observed is None else torch.cat([observed, observed.new_zeros(valid.shape)], dim=2),
     )

@@ -33,6 +33,11 @@ class HeavyHitters(Evictor):
         """All queries of the prompt."""
         return KVNeeds(queries="all")
 
+    @property
+    def least(self) -> int:
+        """The recent entries, if they are a count."""
+        return self.recent if isinstance(self.recent, int) else 0
+
     def protected(self, row: KVRow, keep: int) -> Tensor:
         """The recent entries."""
         return row.place >= row.seen - self.recent_entries(keep)

@@ -46,6 +46,11 @@ class EMS(Evictor):
         """All queries of the prompt."""
         return KVNeeds(queries="all")
 
+    @property
+    def least(self) -> int:
+        """The window."""
+        return self.window
+
     def protected(self, row: KVRow, keep: int) -> Tensor:
         """The window."""
         return row.place >= row.seen - self.window

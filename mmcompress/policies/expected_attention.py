@@ -46,6 +46,11 @@ class ExpectedAttention(Evictor):
         """All queries before rotation."""
         return KVNeeds(queries="all", unrotated=True)
 
+    @property
+    def least(self) -> int:
+        """The sinks."""
+        return self.sinks
+
     def protected(self, row: KVRow, keep: int) -> Tensor:
         """The sinks."""
         return row.place < self.sinks

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from mmcompress.kv_policy import Evictor, KVRow
+from mmcompress.kv_policy import Evictor, KVRow, Schedule
 from mmcompress.registry import register_policy
 
 
@@ -21,7 +21,13 @@ from mmcompress.registry import register_policy
 )
 @dataclass(frozen=True)
 class KeyDiff(Evictor):
-    """Keys are ranked by cosine distance from the mean of the normalised keys (Section 3)."""
+    """Keys are ranked by cosine distance from the mean of the normalised keys (Section 3).
+
+    Args:
+        schedule: "step" goes on behind the prompt; with `every` in blocks, as the paper does on long inputs.
+    """
+
+    schedule: Schedule = "prefill"
 
     def score(self, row: KVRow) -> Tensor:
         """The less similar the better."""

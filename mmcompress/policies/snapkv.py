@@ -47,6 +47,11 @@ class SnapKV(Evictor):
         """The queries of the window."""
         return KVNeeds(queries=self.window)
 
+    @property
+    def least(self) -> int:
+        """The window."""
+        return self.window
+
     def protected(self, row: KVRow, keep: int) -> Tensor:
         """The window."""
         return row.place >= row.seen - self.window

@@ -51,6 +51,11 @@ class StreamingLLM(Evictor):
         """See `compat`."""
         return "renumber" if self.compat == "official" else "original"
 
+    @property
+    def least(self) -> int:
+        """The sinks."""
+        return self.sinks
+
     def protected(self, row: KVRow, keep: int) -> Tensor:
         """The sinks."""
         return row.place < self.sinks

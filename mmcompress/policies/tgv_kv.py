@@ -56,10 +56,15 @@ class TGVKV(Evictor):
     def budget(self, row: KVRow, keep: int) -> int:
         """In proportion to this layer's mass."""
         assert row.masses is not None
-        prompt, least = row.seen - row.generated, self.sinks + self.recent
-        if not least <= keep < prompt:
+        prompt = row.seen - row.generated
+        if not self.least <= keep < prompt:
             return keep
-        return in_proportion(keep * row.layers, row.masses.tolist(), least, prompt)[row.layer]
+        return in_proportion(keep * row.layers, row.masses.tolist(), self.least, prompt)[row.layer]
+
+    @property
+    def least(self) -> int:
+        """The first and the last entries."""
+        return self.sinks + self.recent
 
     def protected(self, row: KVRow, keep: int) -> Tensor:
         """The first and the last entries."""
