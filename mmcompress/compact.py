@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmcompress import ops
+
 
 def ragged_index(keep: Tensor, pad_left: bool) -> Tensor:
     """Source positions of the kept columns of each row, `[batch, longest]`, ascending, -1 where padded.
@@ -31,10 +33,7 @@ def ragged_origin(keep: Tensor, source: Tensor, pad_left: bool) -> tuple[Tensor,
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """Gather `tensor` `[batch, length, ...]` by `index` `[batch, kept]`; -1 gives zeros."""
-    rows = torch.arange(index.shape[0], device=index.device)[:, None]
-    taken = tensor[rows, index.clamp(min=0)]
-    valid = (index >= 0).view(*index.shape, *([1] * (tensor.dim() - 2)))
-    return torch.where(valid, taken, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+    return ops.compact(tensor, index)
 
 
 def spread(tensor: Tensor, keep: Tensor, index: Tensor) -> Tensor:
@@ -52,7 +51,7 @@ def spread(tensor: Tensor, keep: Tensor, index: Tensor) -> Tensor:
 def take_positions(positions: Tensor, index: Tensor) -> Tensor:
     """Gather position ids `[..., batch, length]` by `index` `[batch, kept]`."""
     index = index.clamp(min=0).expand(*positions.shape[:-2], *index.shape)
-    return positions.gather(-1, index)
+    return ops.compact(positions.flatten(0, -2), index.flatten(0, -2)).view(index.shape)
 
 
 def renumber(positions: Tensor, current: Tensor, kept: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

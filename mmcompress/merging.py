@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from mmcompress import ops
 from mmcompress.ranking import tile_shares
 from mmcompress.types import Selection
 
@@ -27,8 +27,7 @@ class Matching:
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up `values` `[..., tokens, dim]` by output, `[..., outputs, dim]`."""
-        outputs = values.new_zeros(*self.kept.shape, values.shape[-1])
-        return outputs.scatter_add(-2, self.group[..., None].expand(values.shape), values)
+        return ops.merge_tokens(values, self.group, self.kept.shape[-1])
 
     def mean(self, values: Tensor) -> Tensor:
         """The plain mean of `values` `[..., tokens, dim]` by output, `[..., outputs, dim]`."""
@@ -54,8 +53,7 @@ def soft_match(metric: Tensor, count: int, protected: int = 0) -> Matching:
     """
     places = torch.arange(metric.shape[-2], device=metric.device)
     even, odd = places[::2], places[1::2]
-    unit = normalize(metric.float(), dim=-1)
-    best, nearest = (unit[..., even, :] @ unit[..., odd, :].transpose(-1, -2)).max(dim=-1)
+    best, nearest = ops.bipartite_match(metric)
     best = best.masked_fill(even < protected, -torch.inf)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     merged, staying = ranked[..., :count], ranked[..., count:]

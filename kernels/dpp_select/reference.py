@@ -52,4 +52,4 @@ def dpp_select(tokens: Sequence[Tensor], relevance: Sequence[Tensor], counts: Se
         explained[:, step] = torch.clamp(along / longest[images, chosen, None], -longest, longest)
         left[images, chosen] = -torch.inf
         left = torch.where(left.isinf(), left, (left - explained[:, step].square()).clamp(min=_FLOOR))
-    return [chosen[:count] for chosen, count in zip(order, counts, strict=True)]
+    return [chosen[:count].clone() for chosen, count in zip(order, counts, strict=True)]

@@ -45,7 +45,7 @@ def greedy_select(
         distance = distance - to_last if objective == "max-sum" else torch.minimum(distance, -to_last)
         distance[images, last] = -torch.inf
         order[:, step] = distance.argmax(dim=1)
-    return [chosen[:count] for chosen, count in zip(order, counts, strict=True)]
+    return [chosen[:count].clone() for chosen, count in zip(order, counts, strict=True)]
 
 
 def _most_isolated(rows: Rows, image: int) -> Tensor:
