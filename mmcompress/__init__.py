@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmcompress.errors import InputError, MMCompressError, SpecError, UnsupportedError
     from mmcompress.integrations.hf import Handle, wrap
+    from mmcompress.integrations.hf.elastic_models import load
+    from mmcompress.integrations.hf.processor_dial import processor_kwargs
     from mmcompress.registry import METHODS, POLICIES, register
     from mmcompress.spec import CompressionConfig
 
@@ -20,6 +22,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "wrap": "mmcompress.integrations.hf",
+    "load": "mmcompress.integrations.hf.elastic_models",
+    "processor_kwargs": "mmcompress.integrations.hf.processor_dial",
     "Handle": "mmcompress.integrations.hf",
     "CompressionConfig": "mmcompress.spec",
     "register": "mmcompress.registry",
@@ -41,6 +45,8 @@ __all__ = [
     "SpecError",
     "UnsupportedError",
     "__version__",
+    "load",
+    "processor_kwargs",
     "register",
     "wrap",
 ]

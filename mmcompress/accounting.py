@@ -77,6 +77,10 @@ class Stats:
         shape: the LLM's dimensions.
         row_left: by layer before which tokens were removed inside the LLM, prompt tokens per row from there on.
         kv_held: bytes that keys and values occupy now, padding included, under a KV policy; None without one.
+        kv_layers: bytes that each layer's keys and values occupy now, and the most they did since the cache is there;
+            None before the first pass with a cache.
+        kv_read: entries that each layer's heads read in the last step of decoding, all rows, under a KV policy that
+            reads a part; None without one, and before the first step.
         reused: the share of the encoder's work that was done before, so that `seconds.encoder` covers the rest.
         seconds: time by stage, decode steps included as they happen.
     """
@@ -87,6 +91,8 @@ class Stats:
     shape: LLMShape
     row_left: Mapping[int, Sequence[int]] = field(default_factory=dict)
     kv_held: int | None = None
+    kv_layers: Sequence[tuple[int, int]] | None = None
+    kv_read: Sequence[int] | None = None
     reused: float = 0.0
     seconds: StageSeconds = field(default_factory=StageSeconds)
 

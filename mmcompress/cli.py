@@ -19,7 +19,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import mmcompress
-from mmcompress.errors import InputError, MMCompressError, SpecError, UnsupportedError
+from mmcompress.errors import InputError, MMCompressError, SpecError, UnsupportedError, unknown_name
 from mmcompress.evals.micro import DEFAULT_MODEL, MODELS
 
 if typing.TYPE_CHECKING:
@@ -57,6 +57,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+train_app = typer.Typer(no_args_is_help=True, help="Train a model for fewer visual tokens.")
+app.add_typer(train_app, name="train")
 
 _KEEP_HELP = "What stays per image: a fraction such as 0.25, or a token count such as 36 (1 is one token, 1.0 all)."
 _MODEL_HELP = f"A Hugging Face folder or hub name; '{DEFAULT_MODEL}' is the model inside the package."
@@ -119,9 +122,8 @@ def list_methods(
     if matrix or markdown:
         _quieten()
         from mmcompress.evals import capabilities
-        from mmcompress.integrations.hf.capability import matrix as measure
 
-        found = measure([name for name in METHODS.names() if name not in plugins])
+        found = capabilities.measure([name for name in METHODS.names() if name not in plugins])
         if markdown:
             typer.echo(capabilities.markdown(found), nl=False)
         else:
@@ -221,52 +223,181 @@ def demo(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help=_MODEL_HELP, metavar="MODEL")] = DEFAULT_MODEL,
+    suite: Annotated[
+        str, typer.Option(help="Suites, separated by commas; mmcompress suites lists them.", metavar="SUITE,...")
+    ] = "microvqa",
     method: Annotated[str, typer.Option(help="Methods or specs, separated by commas, or 'all'.")] = "all",
     keep: Annotated[
         str, typer.Option(help="Visual tokens per LLM layer: fractions or counts, separated by commas.")
     ] = "0.5,0.25,0.1,0.05",
-    out: Annotated[Path, typer.Option(help="Directory for the table and all answers.")] = Path("eval"),
-    limit: Annotated[int | None, typer.Option(help="Ask only the first N questions.", metavar="N")] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(help="KV policies, separated by commas or joined by +; all else is asked without and with each."),
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="Ask with random and uniform tokens too.")] = True,
+    data: Annotated[Path, typer.Option(help="Folder with a folder for every suite.")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Directory for tables and answers; with answers in it, go on.")] = Path(
+        "eval"
+    ),
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Ask N questions of each suite, and the others about the same images.", metavar="N"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the questions of --limit and resamples images.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Questions asked at once; 64 of embedded models, 8 of others.", min=1)
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; more only help on idle cores.", min=1)] = 1,
 ) -> None:
-    """Compare methods at equal numbers of tokens per LLM layer on the embedded suite.
+    """Compare methods at equal numbers of tokens per LLM layer on benchmarks.
 
     A budget counts alike wherever tokens are removed: before the LLM it is what stays, inside the LLM the mean over
-    its layers. Methods joined by + share the work: all but the last have a keep of their own. random and uniform are
-    always asked too, and what a model or a budget does not allow is left out with the reason.
+    its layers. Methods joined by + share the work: all but the last have a keep of their own. The unpruned model is
+    always asked too, and so are random and uniform, unless --no-baselines. What a model or a budget does not allow is
+    left out with the reason. A command that was stopped goes on where it was when it is given again.
 
     Try:
 
       mmcompress eval --method todre,vtc-cls --keep 0.25,0.1 --limit 100
       mmcompress eval micro-llava --method "fastv(layer=1),divprune(keep=0.5) + transprune" --keep 0.4
-      mmcompress eval micro-qwen2.5-vl --out /tmp/all
+      mmcompress eval llava-hf/llava-1.5-7b-hf --suite gqa,pope --data /data --method todre --kv "snapkv(keep=64)"
+      accelerate launch --num_processes 2 -m mmcompress.cli eval MODEL --suite textvqa
     """
+    from mmcompress.evals import suites
+    from mmcompress.evals.micro.notes import UNLEARNT
     from mmcompress.spec import split_specs
 
     keeps = [typing.cast("int | float", _keep(part)) for part in keep.split(",")]
     asked = [part.strip() for part in split_specs(method)]
-    loaded, processor = _load(model)
+    policies = [part.strip() for part in split_specs(kv)] if kv else []
+    labels = list(dict.fromkeys(part.strip() for part in split_specs(suite)))
+    unlearnt = UNLEARNT.get(model, frozenset())
+    wanted_suites = [suites.configure(label, data, unlearnt=unlearnt) for label in labels]
+
+    from mmcompress.evals import comparison
+    from mmcompress.evals.processes import processes
+
+    terms = comparison.Terms(model, seed, limit, batch_size or (64 if model in MODELS else 8), processes())
+    read = [comparison.read(label, wanted, terms) for label, wanted in zip(labels, wanted_suites, strict=True)]
+    loaded, processor = _load(model, terms.processes.device)
 
     import torch
 
-    from mmcompress.evals import comparison
-    from mmcompress.evals.micro import MICROVQA_PATH, load_microvqa
-    from mmcompress.evals.micro.notes import UNLEARNT
-
     torch.set_num_threads(threads)
-    questions = load_microvqa(limit, without=UNLEARNT.get(model, ()))
     every, refused = comparison.every_method(loaded) if "all" in asked else ([], {})
-    wanted = list(dict.fromkeys([*comparison.BASELINES, *every, *(part for part in asked if part != "all")]))
-    chosen = comparison.plan(loaded, wanted, keeps)
-    impossible = {part for part in asked if part != "all"} - {run[0] for run in chosen.runs}
+    controls = comparison.BASELINES if baselines else ()
+    every = [name for name in every if baselines or name not in comparison.BASELINES]
+    wanted = list(dict.fromkeys([*controls, *every, *(part for part in asked if part != "all")]))
+    chosen = comparison.plan(loaded, wanted, keeps, policies)
+    impossible = {part for part in asked if part != "all"} - {run.method for run in chosen.runs}
+    impossible |= set(policies) - {run.kv for run in chosen.runs}
     if impossible:
-        refusals = chosen.left_out.items()
-        reasons = [f"{run}: {reason}" for run, reason in refusals if run.rpartition(" at ")[0] in impossible]
+        reasons = [f"{run}: {why}" for run, why in chosen.left_out.items() if any(part in run for part in impossible)]
         raise SpecError("; ".join(reasons))
-    out.mkdir(parents=True, exist_ok=True)
+    chosen = comparison.Comparison(chosen.runs, {**refused, **chosen.left_out})
     console = Console()
-    results = comparison.measure(loaded, processor, questions, MICROVQA_PATH, chosen.runs, console)
-    comparison.write(out, results, questions, {**refused, **chosen.left_out}, console)
+    try:
+        comparison.compare(loaded, processor, read, chosen, terms, out, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped: all answers so far are in {escape(str(out))}, and the same command goes on from there")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP, metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.", metavar="FILE")],
+    suite: Annotated[
+        str, typer.Option(help="What is read: a suite, or 'jsonl(folder=...)' for your own; see mmcompress suites.")
+    ] = "microvqa",
+    data: Annotated[Path, typer.Option(help="Folder with a folder for every suite.")] = Path("data"),
+    limit: Annotated[
+        int, typer.Option(help="Read N questions, and the others about the same images.", metavar="N", min=1)
+    ] = 16,
+    bits: Annotated[int, typer.Option(help="Of a key or value: 2, 3 or 4.")] = 4,
+    outliers: Annotated[float, typer.Option(help="Share of keys and values that are held as they are.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Draws the questions, and the centroids that are tried first.")] = 0,
+) -> None:
+    """Calibrate the KV policy kvquant for a model.
+
+    The model reads questions about pictures with their answers, and the file says, for every layer, which keys are
+    outliers and which few numbers the others become: those with the least error where an error matters most to what
+    the model predicts. It belongs to this model only. A few thousand tokens are enough, about 16 pictures; all keys
+    and values of them, and their gradients, are held in memory meanwhile.
+
+    Try:
+
+      mmcompress calibrate micro-llava --out micro.safetensors
+      mmcompress calibrate llava-hf/llava-1.5-7b-hf --suite gqa --data /data --bits 3 --out llava.safetensors
+      mmcompress calibrate MODEL --suite "jsonl(folder=/data/mine)" --out mine.safetensors
+
+    Then: mmcompress.wrap(model, kv="kvquant(calibration=mine.safetensors)")
+    """
+    from rich.progress import track
+
+    from mmcompress.evals import suites
+    from mmcompress.evals.suites.base import draw
+
+    if not out.parent.is_dir():
+        raise SpecError(f"--out {out}: the folder {out.parent} does not exist.")
+    questions, _ = suites.configure(suite, data).read()
+    loaded, processor = _load(model)
+    from mmcompress.evals.calibrate import calibrate as run_calibrate
+
+    run_calibrate(loaded, processor, draw(questions, limit, seed), out, bits, outliers, seed=seed, track=track)
+    Console().print(f"wrote {out}", highlight=False)
+
+
+@app.command("suites")
+def list_suites(
+    data: Annotated[Path, typer.Option(help="Folder with a folder for every suite.")] = Path("data"),
+) -> None:
+    """List the benchmarks, the files each needs and where to put them; nothing is downloaded.
+
+    Try:
+
+      mmcompress suites
+      mmcompress suites --data /data
+    """
+    from mmcompress.evals.suites import SUITES, configure
+
+    console = Console(highlight=False, soft_wrap=True)
+    for name, suite in SUITES.items():
+        wanted = configure(name, data)
+        console.print(f"[bold]{name}[/]  {suite.scorer.metric}; prompts: {', '.join(suite.prompts)}")
+        console.print(f"  {suite.summary}", markup=False)
+        console.print(f"  invalid answers: {suite.scorer.invalid}", markup=False)
+        for names in suite.files:
+            state = "[green]there[/]  " if wanted.found(names) else "[red]missing[/]"
+            console.print(f"  {state}  {escape(f'{wanted.folder}/{names}')}")
+
+
+@app.command("report")
+def write_report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that mmcompress eval wrote.", metavar="RUNS...")],
+    out: Annotated[
+        Path, typer.Option(help="The file to write: .html for a page, .md for tables, .csv for all numbers.")
+    ] = Path("report.html"),
+) -> None:
+    """Write one page, Markdown tables or a CSV about evaluations; a page needs no network.
+
+    Try:
+
+      mmcompress report eval --out report.html
+      mmcompress report runs/llava runs/qwen --out both.csv
+    """
+    from mmcompress.evals import report, report_html
+    from mmcompress.evals.record import load
+
+    made = {
+        ".html": lambda: report_html.page(runs),
+        ".md": lambda: "\n".join(f"# {result['model']}\n\n{report.markdown(result)}" for result in map(load, runs)),
+        ".csv": lambda: report.as_csv([load(path) for path in runs]),
+    }
+    if out.suffix not in made:
+        raise SpecError(f"--out {out}: a report ends in {', '.join(made)}.")
+    out.write_text(made[out.suffix](), encoding="utf-8")
+    Console().print(f"wrote {out}", highlight=False)
 
 
 @app.command()
@@ -339,9 +470,10 @@ def show(
 --model llava-hf/llava-1.5-7b-hf
     """
     import torch
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     from mmcompress.evals.overlay import original, overlay, side_by_side
+    from mmcompress.evals.samples import as_seen
     from mmcompress.spec import split_specs
 
     configs = [_config(part, keep) for part in split_specs(method)]
@@ -351,10 +483,7 @@ def show(
         raise SpecError(f"--out {out}: no picture format ends in {out.suffix!r}; use .png, .jpg or .webp.")
     picture = _open(image)
     loaded, processor = _load(model)
-    crop = processor.image_processor
-    if loaded.config.model_type == "llava" and getattr(crop, "do_center_crop", False):
-        # This family sees no more than the centre; others see all of the picture.
-        picture = ImageOps.fit(picture, (crop.crop_size["width"], crop.crop_size["height"]))
+    picture = as_seen(loaded, processor, picture)
     inputs = _prompt(loaded, processor, [picture], "What is in the picture ?")
     panels = [original(picture)]
     for config in configs:
@@ -369,11 +498,70 @@ def show(
     Console().print(f"wrote {out}", highlight=False)
 
 
+@train_app.command()
+def matryoshka(
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)],
+    budgets: Annotated[str, typer.Option(help="Visual tokens per tile to train, separated by commas.")],
+    data: Annotated[Path, typer.Option(help="Folder of the questions.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and the model.")],
+    suite: Annotated[str, typer.Option(help="What the questions are written as; see mmcompress suites.")] = "jsonl",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 1000,
+    batch: Annotated[int, typer.Option(help="Questions per step and process.", min=1)] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of the projector, the tower and a full LLM.", min=0)] = 2e-5,
+    llm: Annotated[str, typer.Option(help="What is trained of the LLM: full, lora or frozen.")] = "full",
+    tower: Annotated[bool, typer.Option(help="Train the vision tower too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the order of questions and budgets.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 200,
+    workers: Annotated[int, typer.Option(help="Processes that read images ahead.", min=0)] = 0,
+) -> None:
+    """Teach a LLaVA to answer from nested numbers of visual tokens; run again with the same folder to go on.
+
+    Every step draws one of the budgets. For several processes, start it with accelerate launch -m mmcompress.cli.
+
+    Try:
+
+      mmcompress train matryoshka --model micro-llava --budgets 64,16,4,1 --data questions --out micro-m3 \
+--suite "jsonl(prompt=plain)"
+    """
+    from rich.progress import Progress
+
+    from mmcompress.evals.matryoshka import Recipe, Trainer
+    from mmcompress.evals.suites import configure
+
+    try:
+        scales = tuple(sorted(int(part) for part in budgets.split(",")))
+    except ValueError:
+        raise SpecError(f"--budgets {budgets!r}: write token counts separated by commas, as in 144,36,9,1.") from None
+    if llm not in ("full", "lora", "frozen"):
+        raise unknown_name("--llm", llm, ("full", "lora", "frozen"))
+    recipe = Recipe(scales, steps, batch, learning_rate, llm=typing.cast(Any, llm), tower=tower, seed=seed)
+    questions = dataclasses.replace(configure(suite, data), folder=data)
+    loaded, processor = _load(model, "cpu")
+    console = Console()
+    trainer = Trainer(loaded, processor, questions, recipe, out)
+    with Progress(console=console, disable=not trainer.leads) as progress:
+        task = progress.add_task("training", total=steps, completed=trainer.step)
+
+        def report(row: dict[str, Any]) -> None:
+            progress.update(task, completed=row["step"], description=f"{row['budget']} tokens, loss {row['loss']:.3f}")
+
+        trainer.run(report, save_every, workers)
+    if trainer.leads:
+        console.print(f"wrote {out}", highlight=False)
+
+
 @app.command()
-def doctor() -> None:
+def doctor(
+    vllm: Annotated[bool, typer.Option("--vllm", help="Check the vLLM plugin instead.")] = False,
+    model: Annotated[str | None, typer.Option(help="With --vllm: what would it do for this model?")] = None,
+    method: Annotated[str, typer.Option(help="With --vllm and --model: by which method.")] = "uniform(keep=0.25)",
+) -> None:
     """Check the installation: versions, devices, attention, methods; exit code 1 if something is broken.
 
-    Try: mmcompress doctor
+    Try:
+
+      mmcompress doctor
+      mmcompress doctor --vllm --model llava-hf/llava-1.5-7b-hf --method "hired(keep=0.2)"
     """
     console = Console()
     problems: list[str] = []
@@ -385,10 +573,19 @@ def doctor() -> None:
             problems.append(f"{what}: {error or type(error).__name__}")
             console.print(f"[bold]{what:<12}[/] [red]broken[/]")
 
-    console.print(_versions(problems))
-    check("devices", _devices)
-    check("attention", _attention)
-    check("methods", _self_test)
+    if vllm:
+        from mmcompress.integrations.vllm import doctor as engine
+
+        check("vLLM", engine.installed)
+        check("plugin", engine.plugin)
+        if model is not None:
+            folder = str(MODELS.get(model, model))
+            check("model", lambda: engine.outlook(folder, {"method": method}))
+    else:
+        console.print(_versions(problems))
+        check("devices", _devices)
+        check("attention", _attention)
+        check("methods", _self_test)
     for problem in problems:
         _complain("broken", problem)
     if problems:
@@ -432,8 +629,8 @@ def _quieten() -> None:
     logging.disable_progress_bar()
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    """A supported model and its processor, on the GPU if there is one.
+def _load(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """A supported model and its processor, on `device` or else on the GPU if there is one.
 
     Raises:
         UnsupportedError: it cannot be loaded, or its family is not supported.
@@ -455,7 +652,7 @@ def _load(name: str) -> tuple[Any, Any]:
         if kind in FAMILIES:
             model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
             processor = AutoProcessor.from_pretrained(name)
-            return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+            return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
     except Exception as error:  # there are as many ways as there are broken folders
         raise UnsupportedError(f"cannot load model {name!r}: {' '.join(str(error).split())}") from error
     raise UnsupportedError(f"model {name!r} is of type {kind!r}; supported families: {', '.join(sorted(FAMILIES))}.")
@@ -486,7 +683,7 @@ def _reads(needs: Any, llm_needs: Any) -> str:
         return f"{name} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
     reads = [layered(name, layers) for name, layers in needs.layers().items()]
-    reads += [name for name in ("features", "text", "text_tower", "embeddings") if getattr(needs, name)]
+    reads += [name for name in ("features", "text", "text_tower", "draft", "embeddings") if getattr(needs, name)]
     if llm_needs is not None:
         inside = {
             "queries and keys of the layer before": llm_needs.previous,
@@ -550,7 +747,7 @@ def _self_test() -> str:
     """Answer one embedded question with every built-in method; those that need files and third-party ones just load."""
     from mmcompress.evals.micro import MICROVQA_PATH, load_microvqa
     from mmcompress.evals.runner import evaluate
-    from mmcompress.registry import METHODS
+    from mmcompress.registry import METHODS, MethodInfo
 
     for plugin in METHODS.plugins():
         METHODS.get(plugin)
@@ -559,7 +756,9 @@ def _self_test() -> str:
     model, processor = _load(DEFAULT_MODEL)
 
     def budget(name: str) -> float | None:
-        return 0.7 if METHODS.get(name).info.takes_keep else None  # type: ignore[attr-defined]
+        card: MethodInfo = METHODS.get(name).info  # type: ignore[attr-defined]
+        share = 0.25 if card.stage == "projector" else 0.7  # halves of a tile's sides are always among the scales
+        return share if card.takes_keep else None
 
     evaluate(model, processor, load_microvqa(1), MICROVQA_PATH, [(name, budget(name)) for name in names])
     others = "".join(f"; {name} needs {' or '.join(options)}" for name, options in needed.items() if options)

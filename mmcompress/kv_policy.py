@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count as count_up
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -274,17 +275,36 @@ class Packed:
         shape: of what was packed.
         dtype: of what was packed.
         layer: number of the layer.
+        along: by part, the dimension in which tokens that are packed later go behind these; empty if they cannot.
     """
 
     parts: tuple[Tensor, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     layer: int = 0
+    along: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
         """What it occupies."""
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        """How many were packed."""
+        return self.shape[-2]
+
+    @classmethod
+    def stack(cls, blocks: Sequence[Packed]) -> Packed:
+        """Blocks of a layer whose parts are of equal sizes, as rows of one."""
+        parts = tuple(torch.stack(part) for part in zip(*(block.parts for block in blocks), strict=True))
+        return replace(blocks[0], parts=parts, shape=(len(blocks), *blocks[0].shape))
+
+    def followed_by(self, later: Packed) -> Packed:
+        """Both as if packed at once, for single rows where `along` says how."""
+        parts = zip(self.parts, later.parts, self.along, strict=True)
+        joined = tuple(torch.cat([part, more], dim) for part, more, dim in parts)
+        return replace(self, parts=joined, shape=(*self.shape[:-2], self.tokens + later.tokens, self.shape[-1]))
 
 
 class Quantiser(KVPolicy):
@@ -299,6 +319,18 @@ class Quantiser(KVPolicy):
     def sinks(self) -> int:
         """So many of the first tokens are never packed."""
         return 0
+
+    def require(self, layers: int, kv_heads: int, head_dim: int) -> None:
+        """Check, by packing the shortest sequence that is packed at all, that a model's heads can be.
+
+        Raises:
+            SpecError: heads of this size do not divide into groups or bytes, or a layer lacks what it needs.
+        """
+        for layer in range(layers):
+            for due, pack in ((self.keys_due, self.pack_keys), (self.values_due, self.pack_values)):
+                tokens = next(count for count in (due(2**power, True) for power in count_up()) if count)
+                states = torch.zeros(kv_heads, tokens, head_dim)
+                pack(Block(states, layer, states[..., 0]))
 
     @property
     def rotated(self) -> bool:

@@ -89,13 +89,16 @@ class RowAttention(NamedTuple):
 
     def rows(self, tokens: Tensor) -> Tensor:
         """Causal softmax rows of the queries numbered `tokens`, float32 `[heads, rows, tokens]`, earlier turns cut."""
-        query = self.query[None, :, tokens]
-        return ops.attention_rows(query, self.key[None], self.scaling, self.past + tokens)[0, :, :, self.past :]
+        return self._rows(tokens)[0, :, :, self.past :]
 
     def mean_row(self, tokens: Tensor) -> Tensor:
         """`rows` averaged over heads and queries `[tokens]`; few exist at a time, however many are asked for."""
-        blocks = [self.rows(block).mean(dim=0).sum(dim=0) for block in tokens.split(ROWS_AT_ONCE)]
-        return torch.stack(blocks).sum(dim=0) / len(tokens)
+        blocks = [self._rows(block, heads="mean", rows="sum") for block in tokens.split(ROWS_AT_ONCE)]
+        return torch.cat(blocks)[:, self.past :].sum(dim=0) / len(tokens)
+
+    def _rows(self, tokens: Tensor, heads: str | None = None, rows: str | None = None) -> Tensor:
+        query, last_key = self.query[None, :, tokens], self.past + tokens
+        return ops.attention_rows(query, self.key[None], self.scaling, last_key, heads=heads, rows=rows)
 
 
 @dataclass(frozen=True)

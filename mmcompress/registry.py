@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from mmcompress.errors import SpecError, unknown_name
 
 T = TypeVar("T", bound=type)
-Stage = Literal["encoder", "pre_llm", "in_llm", "kv"]
+Stage = Literal["encoder", "projector", "pre_llm", "in_llm", "kv"]
 
 
 @dataclass(frozen=True)

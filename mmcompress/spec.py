@@ -96,14 +96,14 @@ SpecLike = str | Mapping[str, Any] | Spec
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """All that is applied to a model: visual methods in order, a KV policy, the treatment of positions.
+    """All that is applied to a model: visual methods in order, KV policies likewise, the treatment of positions.
 
     Raises:
         SpecError: a part is malformed.
     """
 
     methods: tuple[Spec, ...] = ()
-    kv: Spec | None = None
+    kv: tuple[Spec, ...] = ()
     positions: Positions | None = None
 
     def __post_init__(self) -> None:
@@ -118,13 +118,12 @@ class CompressionConfig:
         keep: int | float | None = None,
         pruning_rate: float | None = None,
         keep_avg: int | float | None = None,
-        kv: SpecLike | None = None,
+        kv: SpecLike | Sequence[SpecLike] | None = None,
         positions: Positions | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> CompressionConfig:
         """Assemble a config from the arguments of `wrap`; `keep` and `options` need exactly one method."""
-        listed: list[Any] = [] if method is None else list(method) if isinstance(method, (list, tuple)) else [method]
-        methods = [Spec.parse(entry) for entry in listed]
+        methods = [Spec.parse(entry) for entry in _listed(method)]
         budget = _budget(keep, pruning_rate, keep_avg)
         if (budget is not None or options) and len(methods) != 1:
             raise SpecError(
@@ -140,7 +139,7 @@ class CompressionConfig:
             if twice:
                 raise SpecError(f"{methods[0].name}: option {twice[0]!r} is given twice.")
             methods[0] = replace(methods[0], options={**methods[0].options, **options})
-        return cls(tuple(methods), None if kv is None else Spec.parse(kv), positions)
+        return cls(tuple(methods), tuple(Spec.parse(entry) for entry in _listed(kv)), positions)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionConfig:
@@ -160,8 +159,8 @@ class CompressionConfig:
         """The config as JSON-ready data with its format and version."""
         data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         data["method"] = [spec.to_dict() for spec in self.methods]
-        if self.kv is not None:
-            data["kv"] = self.kv.to_dict()
+        if self.kv:
+            data["kv"] = [spec.to_dict() for spec in self.kv]
         if self.positions is not None:
             data["positions"] = self.positions
         return data
@@ -186,7 +185,12 @@ class CompressionConfig:
         return cls.from_dict(data)
 
     def __str__(self) -> str:
-        return " + ".join(str(spec) for spec in (*self.methods, *([self.kv] if self.kv else [])))
+        return " + ".join(str(spec) for spec in (*self.methods, *self.kv))
+
+
+def _listed(given: Any) -> list[Any]:
+    """One spec, several or none, as a list."""
+    return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def _budget(keep: Any, pruning_rate: Any, keep_avg: Any) -> Budget | None:

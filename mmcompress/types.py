@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -46,6 +46,23 @@ class EncoderFacts:
 
 
 @dataclass(frozen=True)
+class DraftNeeds:
+    """What is read of a smaller model, a draft, that reads the prompt first.
+
+    Args:
+        folder: where it is.
+        window: so many of the prompt's last queries.
+        skip: share of its first layers that are not read.
+        observe: what is made of a layer's attention rows `[heads, window, tokens]`: `[tokens]`.
+    """
+
+    folder: str
+    window: int
+    skip: float
+    observe: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Needs:
     """The statistics a configured method reads, each as the encoder layers it is read from.
 
@@ -62,6 +79,7 @@ class Needs:
         features: encoder output before the projector.
         text: embeddings of the prompt's text tokens.
         text_tower: folder of a CLIP whose text side reads what the prompt asks; read together with `features`.
+        draft: what is read of a smaller model that reads the prompt first.
         embeddings: whether the token embeddings are read to score or merge tokens (and so must be finite).
     """
 
@@ -74,6 +92,7 @@ class Needs:
     features: bool = False
     text: bool = False
     text_tower: str | None = None
+    draft: DraftNeeds | None = None
     embeddings: bool = False
 
     def layers(self) -> dict[str, tuple[int, ...]]:
@@ -106,6 +125,7 @@ class VisualItem:
         features: `[tokens, width]` encoder output before the projector.
         text: `[text_tokens, dim]` embeddings of the row's text tokens.
         relevance: `[text_chunks, tokens]` cosine of each token's features with what the row asks, in a CLIP's space.
+        drafted: `[draft_layers, tokens]`, what `DraftNeeds.observe` said of each token.
     """
 
     embeddings: Tensor
@@ -123,6 +143,7 @@ class VisualItem:
     features: Tensor | None = None
     text: Tensor | None = None
     relevance: Tensor | None = None
+    drafted: Tensor | None = None
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]

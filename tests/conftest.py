@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -14,3 +15,7 @@ settings.load_profile("mmcompress")
 # `tests` is on the path, where the folder `vllm` passes for a package of that name; only the real one has a file.
 _vllm = find_spec("vllm")
 collect_ignore = [] if _vllm and _vllm.origin else ["vllm"]
+
+# Where there is no GPU kernels run in Triton's interpreter, chosen when transformers first imports triton.
+if collect_ignore and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

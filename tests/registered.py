@@ -10,7 +10,11 @@ from mmcompress.spec import Spec
 
 RATES = str(Path(__file__).with_name("diffrate_rates.json"))
 # What must be given to methods that need an option.
-REQUIRED: dict[str, dict[str, Any]] = {"cdpruner": {"relevance": "constant"}, "diffrate": {"rates": RATES}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "cdpruner": {"relevance": "constant"},
+    "diffrate": {"rates": RATES},
+    "specpc": {"draft": "folder"},
+}
 
 
 def variants(stage: Stage) -> list[Spec]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -17,16 +18,25 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from transformers.masking_utils import create_causal_mask
 
 from mmcompress.errors import UnsupportedError
+from mmcompress.integrations.hf.draft import Reading
+from mmcompress.kv_policy import Quantiser
+from mmcompress.sparse_reader import Summary
 
 
 class PrunedLayer(CacheLayerMixin):
-    """A cache layer of which `dropped` tokens were never stored."""
+    """A cache layer of which `dropped` tokens were never stored, and that occupied `peak` bytes at most."""
 
     dropped = 0
+    peak = 0
 
     @abstractmethod
     def physical_length(self) -> Any:
         """Tokens stored; a static layer that was written to says it as a tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """What keys and values occupy."""
+        return sum(part.nbytes for part in (self.keys, self.values) if part is not None)
 
     def get_seq_length(self) -> Any:
         """Tokens seen."""
@@ -35,11 +45,17 @@ class PrunedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.dropped = 0
+        self.dropped = self.peak = 0
 
 
 class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
     """A `PrunedLayer` that grows."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store keys and values; returns all of them."""
+        stored = super().update(*args, **kwargs)
+        self.peak = max(self.peak, self.nbytes)
+        return stored
 
     def physical_length(self) -> int:
         """Tokens stored."""
@@ -76,41 +92,109 @@ class Stretch:
         return Stretch(self.mask[rows.to(self.mask.device)], shift)
 
 
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """Which columns of a layer hold entries under a KV policy; layers that fill the same ones share it.
+
+    Args:
+        valid: `[batch, kv_heads, entries]` bool, which entries are no padding.
+        seen: `[batch]`, tokens of each row so far.
+        generated: `[batch]`, how many of them came behind the last prompt.
+    """
+
+    valid: Tensor
+    seen: Tensor
+    generated: Tensor
+
+    @cached_property
+    def whole(self) -> list[bool]:
+        """Which rows have no padding."""
+        whole: list[bool] = self.valid.flatten(1).all(dim=1).tolist()
+        return whole
+
+    def grown(self, new: Tensor, brings_prompt: bool) -> Filled:
+        """With `new` `[batch, columns]` behind it."""
+        added = new.sum(dim=1)
+        return Filled(
+            valid=torch.cat([self.valid, new[:, None].expand(-1, self.valid.shape[1], -1)], dim=2),
+            seen=self.seen + added,
+            generated=torch.zeros_like(added) if brings_prompt else self.generated + added,
+        )
+
+    def take(self, rows: Tensor) -> Filled:
+        """Only the rows numbered `rows`."""
+        return Filled(*(part[rows.to(part.device)] for part in (self.valid, self.seen, self.generated)))
+
+    def crop(self, columns: int) -> Filled:
+        """All but the last `columns`, which came behind the prompt."""
+        gone = self.valid[:, 0, -columns:].sum(dim=1)
+        return Filled(self.valid[..., :-columns], self.seen - gone, self.generated - gone)
+
+
 @dataclass(frozen=True)
 class Held:
     """What a layer holds under a KV policy.
 
     Args:
-        valid: `[batch, kv_heads, entries]` bool, which entries are no padding.
-        place: `[batch, kv_heads, entries]`, which token of its row each entry is of.
-        visual: `[batch, kv_heads, entries]` bool, which are of visual tokens.
-        seen: `[batch]`, tokens of each row so far.
-        generated: `[batch]`, how many of them came behind the last prompt.
+        filled: which columns hold entries.
+        place: `[batch, kv_heads, entries]`, which token of its row each entry is of; not said yet of the last ones.
+        visual: `[batch, kv_heads, entries]` bool, which are of visual tokens; likewise.
         capacity: `[batch]`, entries per head that the policy may leave.
         observed: `[batch, kv_heads, entries]`, what it counted of each; None if it does not count.
     """
 
-    valid: Tensor
+    filled: Filled
     place: Tensor
     visual: Tensor
-    seen: Tensor
-    generated: Tensor
     capacity: Tensor
     observed: Tensor | None = None
 
-    def take(self, rows: Tensor) -> Held:
-        """Only the rows numbered `rows`."""
-        return replace(self, **{name: part[rows.to(part.device)] for name, part in self._parts.items()})
+    @property
+    def valid(self) -> Tensor:
+        """`[batch, kv_heads, entries]` bool, which entries are no padding."""
+        return self.filled.valid
 
-    def crop(self, columns: int) -> Held:
-        """All but the last `columns`, which came behind the prompt."""
-        gone = self.valid[:, 0, -columns:].sum(dim=1)
-        by_entry = {name: part[..., :-columns] for name, part in self._parts.items() if part.dim() == 3}
-        return replace(self, seen=self.seen - gone, generated=self.generated - gone, **by_entry)
+    @property
+    def seen(self) -> Tensor:
+        """`[batch]`, tokens of each row so far."""
+        return self.filled.seen
+
+    @property
+    def generated(self) -> Tensor:
+        """`[batch]`, how many of them came behind the last prompt."""
+        return self.filled.generated
+
+    def complete(self, visual: Tensor | None = None) -> Held:
+        """The same, place and kind said of all entries; `visual` `[batch, columns]` of the last ones, if any are."""
+        new = self.valid[..., self.place.shape[2] :]
+        place = self.seen[:, None, None] - new.sum(dim=2, keepdim=True) + new.cumsum(dim=2) - 1
+        kind = torch.zeros_like(new)
+        if visual is not None:
+            kind[..., new.shape[2] - visual.shape[1] :] = visual[:, None]
+        observed = self.observed
+        if observed is not None:
+            observed = torch.cat([observed, observed.new_zeros(new.shape)], dim=2)
+        return replace(
+            self,
+            place=torch.cat([self.place, place], dim=2),
+            visual=torch.cat([self.visual, kind], dim=2),
+            observed=observed,
+        )
+
+    def take(self, rows: Tensor, filled: Filled) -> Held:
+        """Only the rows numbered `rows`, which fill what `filled` says."""
+        parts = {name: part[rows.to(part.device)] for name, part in self._parts.items()}
+        return replace(self, filled=filled, **parts)
+
+    def crop(self, columns: int, filled: Filled) -> Held:
+        """Without the last `columns`, which came behind the prompt; the others fill what `filled` says."""
+        left = self.valid.shape[2] - columns
+        parts = {name: part[..., :left] for name, part in self._parts.items() if part.dim() == 3}
+        return replace(self, filled=filled, **parts)
 
     @property
     def _parts(self) -> dict[str, Tensor]:
-        return {name: part for name, part in vars(self).items() if part is not None}
+        return {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
 
 
 @dataclass
@@ -123,6 +207,9 @@ class CacheState:
         stretches: by layer, what is different from there on.
         held: by layer, what a KV policy left.
         masses: `[batch, layers]`, what a KV policy that compares layers found; None if it does not.
+        reads: by layer, what a KV policy that reads a part knows of the keys.
+        reading: how far a draft has read; None without one.
+        quantiser: the KV policy that packs what is stored; None if none does.
         floor: how many tokens were seen when the last one arrived that compression may have removed.
     """
 
@@ -131,19 +218,32 @@ class CacheState:
     stretches: dict[int, Stretch] = field(default_factory=dict)
     held: dict[int, Held] = field(default_factory=dict)
     masses: Tensor | None = None
+    reads: dict[int, Summary] = field(default_factory=dict)
+    reading: Reading | None = None
+    quantiser: Quantiser | None = None
     floor: int = 0
 
     def copy(self) -> CacheState:
         """The same, to be changed without changing this one."""
-        return replace(self, stretches=dict(self.stretches), held=dict(self.held))
+        return replace(self, stretches=dict(self.stretches), held=dict(self.held), reads=dict(self.reads))
 
     def take(self, rows: Tensor) -> None:
         """Follow a cache whose rows became those numbered `rows`."""
         self.mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
         self.shift = None if self.shift is None else self.shift[rows.to(self.shift.device)]
         self.stretches = {layer: stretch.take(rows) for layer, stretch in self.stretches.items()}
-        self.held = {layer: held.take(rows) for layer, held in self.held.items()}
+        filled = {id(held.filled): held.filled.take(rows) for held in self.held.values()}
+        self.held = {layer: held.take(rows, filled[id(held.filled)]) for layer, held in self.held.items()}
         self.masses = None if self.masses is None else self.masses[rows.to(self.masses.device)]
+        self.reads = {layer: summary.take(rows) for layer, summary in self.reads.items()}
+        self.reading = None if self.reading is None else self.reading.take(rows)
+
+    def crop(self, columns: int) -> None:
+        """Follow a cache that lost the last `columns`."""
+        filled = {id(held.filled): held.filled.crop(columns) for held in self.held.values()}
+        self.held = {layer: held.crop(columns, filled[id(held.filled)]) for layer, held in self.held.items()}
+        self.reads = {}  # the next step reads all keys to know them again
+        self.reading = None if self.reading is None else self.reading.crop(columns)
 
 
 class PrunedCache(Cache):
@@ -173,6 +273,12 @@ class PrunedCache(Cache):
         """Tokens stored in `layer`."""
         return int(cast(PrunedLayer, self.layers[layer]).physical_length()) if layer < len(self.layers) else 0
 
+    @property
+    def bytes(self) -> list[tuple[int, int]]:
+        """By layer, bytes that are occupied now, and that were at most."""
+        layers = cast(list[PrunedLayer], self.layers)
+        return [(layer.nbytes, max(layer.peak, layer.nbytes)) for layer in layers]
+
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Tokens stored in layer `layer_idx`; between passes tokens seen, by which `generate` builds its masks."""
         if not self.entered or layer_idx >= len(self.layers):
@@ -198,7 +304,7 @@ class PrunedCache(Cache):
             )
         super().crop(tokens_to_remove)
         if left < seen:
-            self.state.held = {layer: held.crop(seen - left) for layer, held in self.state.held.items()}
+            self.state.crop(seen - left)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace every row by that of its beam."""

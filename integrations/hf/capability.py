@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,8 +67,13 @@ def matrix(names: list[str]) -> dict[str, dict[str, Capability]]:
 
 def workable(model: Any, name: str) -> Capability:
     """What comes of a method on `model` with its defaults; where these are refused, with the fewest that are not."""
-    default = capability(model, Spec(name))
-    tried = (capability(model, choice) for choice in _choices(name)) if default.needs is None else ()
+    return with_fewest_options(lambda spec: capability(model, spec), name)
+
+
+def with_fewest_options(judge: Callable[[Spec], Capability], name: str) -> Capability:
+    """What `judge` says of a method with its defaults; where it refuses these, with the fewest that it does not."""
+    default = judge(Spec(name))
+    tried = (judge(choice) for choice in _choices(name)) if default.needs is None else ()
     working = next((other for other in tried if other.needs is not None), None)
     return default if working is None else dataclasses.replace(working, reason=default.reason)
 

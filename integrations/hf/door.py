@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,15 +31,21 @@ from mmcompress.integrations.hf.cache import (
     padding_mask,
 )
 from mmcompress.integrations.hf.clock import Span, StageClock
+from mmcompress.integrations.hf.draft import Draft, Reading, Told
 from mmcompress.integrations.hf.encoder_stage import EncoderStage
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.generation import FEATURE_INPUTS, Generation
 from mmcompress.integrations.hf.kv_stage import KVRun, KVStage
 from mmcompress.integrations.hf.llm_stage import LLMStage, Prompt, Run, eagerly
 from mmcompress.integrations.hf.placement import Placed, place_items
+from mmcompress.integrations.hf.projector_stage import ProjectorStage
+from mmcompress.integrations.hf.quant_stage import QuantStage
+from mmcompress.integrations.hf.sparse_stage import SparseStage
 from mmcompress.integrations.hf.text_tower import TextTower
 from mmcompress.integrations.hf.vision import Encoded, Vision
+from mmcompress.kv_policy import Ahead
 from mmcompress.method import VisualMethod, require_finite
+from mmcompress.projector_method import ProjectorMethod
 from mmcompress.types import EncoderFacts, Modality, Needs, Positions, Selection, Trace
 
 
@@ -54,6 +61,8 @@ class Call:
         tail: how many of the last columns were said after the prompt.
         state: what `cache` is to remember once the pass has succeeded.
         removal: which columns stayed, if it removes any.
+        drafted: `[batch, layers, columns]`, what a method made of a draft's attention; None if it needs none.
+        ahead: where to note what is asked, if its tokens are such as a draft expects and are to be forgotten.
     """
 
     span: Span | None = None
@@ -63,6 +72,8 @@ class Call:
     tail: int = 0
     state: CacheState = field(default_factory=CacheState)
     removal: Removal | None = None
+    drafted: Tensor | None = None
+    ahead: dict[int, list[Ahead]] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,26 +110,30 @@ class Door:
     def __init__(
         self,
         family: Family,
-        method: VisualMethod | EncoderMethod | None,
+        method: VisualMethod | EncoderMethod | ProjectorMethod | None,
         needs: Needs,
         encoder: EncoderFacts,
         keep: Budget,
         positions: Positions,
         model: Any,
         llm_stage: LLMStage | None = None,
-        kv_stage: KVStage | None = None,
+        kv_stage: KVStage | SparseStage | QuantStage | None = None,
+        draft: Draft | None = None,
     ) -> None:
         self._family = family
         self._method = method
         self._needs = Needs(embeddings=True) if isinstance(method, EncoderMethod) else needs
         self.llm_stage = llm_stage
         self.kv_stage = kv_stage
+        self._draft = draft
+        self._lookahead = 0 if kv_stage is None else kv_stage.policy.needs().lookahead
         self._positions = positions
-        self._newlines = not isinstance(method, VisualMethod) or method.newlines
-        self._stage = None
+        self._stage: EncoderStage | ProjectorStage | None = None
         self._projector = None
         if isinstance(method, EncoderMethod):
             self._stage = EncoderStage(family, method, needs, encoder, keep)
+        elif isinstance(method, ProjectorMethod):
+            self._stage = ProjectorStage(family, method, keep)
         elif method is not None and method.space == "pre_projector":
             self._projector = family.projector
         self._text_tower = None if needs.text_tower is None else TextTower(needs.text_tower, family)
@@ -128,9 +143,10 @@ class Door:
         self.clock = StageClock()
         self.stats: Stats | None = None
         self.trace: list[Trace] = []
-        self.kv_held: int | None = None
-        self.vision = Vision(family, self._needs, self._projector, self._stage)
-        self._generation = Generation(model, "" if kv_stage is None else f"KV policy {kv_stage.policy.info.name}")
+        self.kv_layers: list[tuple[int, int]] | None = None
+        self.vision = Vision(family, self._needs, self._projector, self._stage, keeps_inputs=draft is not None)
+        changing = None if isinstance(kv_stage, SparseStage) else kv_stage
+        self._generation = Generation(model, "" if changing is None else f"KV policy {changing.policy.info.name}")
         base, decoder = family.base, self._decoder
         self._hooks = [
             base.register_forward_pre_hook(self._before_base, with_kwargs=True),
@@ -144,6 +160,12 @@ class Door:
         raise UnsupportedError("a wrapped model cannot be copied or pickled; unwrap it first.")
 
     @property
+    def _newlines(self) -> bool:
+        if isinstance(self._stage, ProjectorStage):
+            return not self._stage.pools  # pooled tiles have newlines of their own
+        return not isinstance(self._method, VisualMethod) or self._method.newlines
+
+    @property
     def keep(self) -> Budget:
         """The budget in force."""
         return self._keep
@@ -153,6 +175,18 @@ class Door:
         if self._stage is not None:
             self._stage.keep = keep
         self._keep = keep
+
+    @property
+    def kv_held(self) -> int | None:
+        """See `Stats.kv_held`."""
+        if self.kv_stage is None or self.kv_layers is None:
+            return None
+        return sum(held for held, _ in self.kv_layers)
+
+    @property
+    def kv_read(self) -> list[int] | None:
+        """See `Stats.kv_read`."""
+        return self.kv_stage.read if isinstance(self.kv_stage, SparseStage) else None
 
     def remove(self) -> None:
         """Take every hook off."""
@@ -170,11 +204,11 @@ class Door:
         self._forward.visual, self._forward.call = {}, Call()
         self._end_stages()
         outputs = kwargs.get("mm_encoder_outputs") or {}
+        self._forward.ids = ids = kwargs.get("input_ids", args[0] if args else None)
         self.vision.begin(outputs)
         # The token ids alone would not tell: a generated token may equal the placeholder.
         if not outputs and all(kwargs.get(name) is None for name in FEATURE_INPUTS):
             return
-        self._forward.ids = ids = kwargs.get("input_ids", args[0] if args else None)
         for modality, token in self._family.token_ids.items():
             if ids is not None:
                 self._forward.visual[modality] = ids == token
@@ -201,12 +235,13 @@ class Door:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         visual, cache = self._forward.visual, kwargs.get("past_key_values")
+        ahead = self._forward.call.ahead
         self._forward.call = Call()
-        if not visual and not isinstance(cache, PrunedCache) and self.kv_stage is None:
+        if not visual and not isinstance(cache, PrunedCache) and self.kv_stage is None and self._draft is None:
             return None
         if cache is None and (module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
             cache = DynamicCache(config=module.config)
-        call = Call(Span(kwargs["inputs_embeds"].device), visual)
+        call = Call(Span(kwargs["inputs_embeds"].device), visual, ahead=ahead)
         if cache is None and self.kv_stage is not None:
             raise UnsupportedError(
                 f"KV policy {self.kv_stage.policy.info.name} acts on a cache, but use_cache=False; leave that "
@@ -231,6 +266,8 @@ class Door:
         if positions is None:
             positions = torch.arange(call.seen, call.seen + length, device=embeds.device)[None]
         positions = positions.to(embeds.device).expand(*positions.shape[:-2], batch, length)
+        if self._draft is not None and call.ahead is None:
+            self._tell(self._draft, call, current, positions)
         if state.shift is not None:
             positions = positions - state.shift[:, None]
         kwargs = {**kwargs, "past_key_values": call.cache}
@@ -256,15 +293,75 @@ class Door:
         if self.kv_stage is not None and call.cache is not None:
             seen = torch.zeros_like(valid) if prompt is None else prompt.visual
             inside = None if self.llm_stage is None else run
-            self.kv_stage.begin(
-                KVRun(call.cache, state, valid, seen, past, positions, call.tail, call.seen + length, inside)
-            )
+            kv_run = KVRun(call.cache, state, valid, seen, past, positions, call.tail, call.seen + length, inside)
+            if self._draft is not None and self._lookahead:
+                kv_run.look_ahead, kv_run.ahead = partial(self._look_ahead, self._draft, call), call.ahead
+            self.kv_stage.begin(kv_run)
         return kwargs
+
+    def _tell(self, draft: Draft, call: Call, current: Tensor, positions: Tensor) -> None:
+        """Tell the draft what the model is told; it reads at once where a method depends on it."""
+        if self._forward.ids is None:
+            raise UnsupportedError("a draft reads token ids; pass input_ids, not inputs_embeds.")
+        if call.state.reading is None and call.seen:
+            return  # it missed the beginning, which matters only if it is asked
+        positions = positions[-3:] if positions.dim() == 3 else positions
+        told = Told(self._forward.ids.to(current.device), current, positions)
+        reads = bool(call.visual) and self._needs.draft is not None
+        prompt, said = told.split(told.ids.shape[1] - (call.tail if reads else 0))
+        call.state.reading = draft.hear(call.state.reading, prompt)
+        if reads:
+            observed = self._read(draft, call).observed
+            assert observed is not None
+            call.drafted = observed[..., -prompt.ids.shape[1] :]  # what was said since the last prompt is read with it
+            call.state.reading = draft.hear(call.state.reading, said)
+
+    def _read(self, draft: Draft, call: Call) -> Reading:
+        """All that the draft was told, read."""
+        reading = call.state.reading
+        if reading is None:
+            raise UnsupportedError("the draft has not read what this cache holds; start a new cache.")
+        if reading.unread is None:
+            return reading
+        inputs: dict[str, Tensor] = {}
+        copies = 1
+        for modality, encoded in self.vision.pending.items():
+            inputs |= encoded.inputs
+            features = sum(len(layout.separator) for layout in encoded.layouts)
+            copies = max(1, int(call.visual[modality].sum()) // features)
+        call.state.reading = reading = draft.read(reading, inputs, copies)
+        return reading
+
+    @torch.no_grad()
+    def _look_ahead(self, draft: Draft, call: Call) -> dict[int, list[Ahead]]:
+        """Read what the draft expects behind a prompt, for what is asked there, and forget it again."""
+        told = draft.expect(self._read(draft, call), self._lookahead)
+        ahead: dict[int, list[Ahead]] = {}
+        visual, self._forward.visual, self._forward.call = self._forward.visual, {}, Call(ahead=ahead)
+        try:
+            self._decoder(
+                inputs_embeds=self._family.base.get_input_embeddings()(told.ids),
+                attention_mask=told.valid.long(),
+                position_ids=told.positions,
+                past_key_values=call.cache,
+                use_cache=True,
+            )
+        finally:
+            self._forward.visual, self._forward.call = visual, call
+        assert call.cache is not None
+        call.cache.crop(-told.ids.shape[1])
+        call.cache.state = call.state
+        return ahead
 
     def _require_same_layers(self, state: CacheState) -> None:
         if state.held and self.kv_stage is None:
             raise UnsupportedError(
                 "a KV policy took entries out of this cache; go on with a policy, or start a new cache."
+            )
+        if state.quantiser is not None and not isinstance(self.kv_stage, QuantStage):
+            raise UnsupportedError(
+                f"this cache holds what {state.quantiser.info.name} packed; go on with that policy, or start a new "
+                "cache."
             )
         layers = [] if self.llm_stage is None else [*self.llm_stage.cuts]
         if state.stretches and sorted(state.stretches) != layers:
@@ -304,6 +401,8 @@ class Door:
         placed = place_items(
             self._family, self._needs, pending, embeds, call.visual, asked, self._text_tower, self._forward.ids
         )
+        if call.drafted is not None:
+            placed = [entry.with_drafted(call.drafted) for entry in placed]
         selections = self._select(placed)
 
         keep, source = current.clone(), torch.arange(length, device=embeds.device).repeat(len(embeds), 1)
@@ -407,21 +506,27 @@ class Door:
             return None
         if call.cache is not None:
             call.cache.state = call.state
-        call.span.stop()
         run = None if self.llm_stage is None else self.llm_stage.end()
+        if call.ahead is not None:
+            return None
+        restored = None if call.removal is None else self._restore(call, call.removal, run, output)
         if self.kv_stage is not None and call.cache is not None:
             self.kv_stage.finish()
-            held: list[Any] = call.cache.layers
-            self.kv_held = sum(part.nbytes for layer in held for part in (layer.keys, layer.values))
-        if call.removal is None:
-            if kwargs["inputs_embeds"].shape[1] == 1:
-                self.clock.add("decode", call.span)
-            return None
-        keep, index = call.removal.keep, call.removal.index
+        if call.cache is not None:
+            self.kv_layers = call.cache.bytes
+        call.span.stop()
+        if call.removal is not None:
+            self.clock.add("prefill", call.span)
+        elif kwargs["inputs_embeds"].shape[1] == 1:
+            self.clock.add("decode", call.span)
+        return restored
+
+    def _restore(self, call: Call, removal: Removal, run: Run | None, output: Any) -> Any:
+        """The output of a prefill as if nothing had been removed; what was is noted."""
+        keep, index = removal.keep, removal.index
         if call.cache is not None:
             call.cache.drop(keep.shape[1] - index.shape[1])
-        self.stats, self.trace, self.clock = call.removal.stats, call.removal.trace, call.removal.clock
-        self.clock.add("prefill", call.span)
+        self.stats, self.trace, self.clock = removal.stats, removal.trace, removal.clock
         hidden = output.last_hidden_state
         if run is not None:
             hidden = self._leave(run, hidden)

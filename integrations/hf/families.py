@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.errors import UnsupportedError
+from mmcompress.integrations.hf.dialled import DialledProjector
 from mmcompress.statistics import NEEDS_CLS
 from mmcompress.types import EncoderFacts, Modality, Positions
 
 Grid = tuple[int, int]
+STATISTICS = ("cls_rows", "cls_logits", "cls_rows_full_width", "received_attention", "keys", "key_metric")
 ENCODERS: dict[Modality, str] = {"image": "get_image_features", "video": "get_video_features"}
 
 
@@ -202,6 +204,24 @@ class Llava(_TiledEncoder):
         return self._patches(chunks).flatten(0, 1)
 
 
+class DialledLlava(Llava):
+    """A LLaVA whose projector is replaced by one with a dial: what it makes are no patches any more."""
+
+    no_pre_projector = "its projector makes another number of tokens than there are patches"
+    no_encoder_stage = "its projector needs the whole grid of patches"
+
+    def facts(self) -> EncoderFacts:
+        missing = dict.fromkeys(STATISTICS, self.no_pre_projector)
+        return replace(super().facts(), missing=missing, patches=0)
+
+    def layouts(self, modality: Modality, rows: Tensor, call: Mapping[str, Any]) -> list[Layout]:
+        grid = self.base.multi_modal_projector.grid
+        return [Layout.of_planes([grid], rows.device) for _ in range(len(rows) // (grid[0] * grid[1]))]
+
+    def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        raise UnsupportedError(f"what a method reads of patches is of no use: {self.no_pre_projector}.")
+
+
 class LlavaNext(Llava):
     """LLaVA-NeXT: a thumbnail and AnyRes crops, stitched, un-padded, a newline token after every row."""
 
@@ -225,8 +245,11 @@ class LlavaNext(Llava):
         return layouts
 
     def align(self, chunks: list[Tensor], modality: Modality, call: Mapping[str, Any]) -> Tensor:
-        counts = [1 + rows * columns for rows, columns in self._crop_grids(call)]
-        return torch.cat(self._pack(list(self._patches(chunks).split(counts)), call))
+        return torch.cat(self._pack(list(self._patches(chunks).split(self.tile_counts(call))), call))
+
+    def tile_counts(self, call: Mapping[str, Any]) -> list[int]:
+        """Tiles of each image, its thumbnail among them."""
+        return [1 + rows * columns for rows, columns in self._crop_grids(call)]
 
     def _crop_grids(self, call: Mapping[str, Any]) -> list[Grid]:
         """Rows and columns of each image's crops; (0, 0) for an image that is only its thumbnail."""
@@ -404,3 +427,10 @@ FAMILIES: dict[str, type[Family]] = {
     "internvl": InternVL,
     "smolvlm": SmolVLM,
 }
+
+
+def family_of(model: Any) -> Family:
+    """The facts about `model`, whose type is one of `FAMILIES`."""
+    if isinstance(getattr(model.base_model, "multi_modal_projector", None), DialledProjector):
+        return DialledLlava(model.base_model)
+    return FAMILIES[model.config.model_type](model.base_model)

@@ -74,7 +74,7 @@ class Generation:
         asked = [name for name in _DRAFTS if (call.get(name) or getattr(config, name, None)) is not None]
         if asked and self._refuses_drafts:
             raise UnsupportedError(
-                f"{self._refuses_drafts} takes entries out behind the prompt, but assisted decoding reads drafted "
+                f"{self._refuses_drafts} changes what is held behind the prompt, but assisted decoding reads drafted "
                 f"tokens together with it; leave {asked[0]} out."
             )
 

@@ -14,24 +14,36 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mmcompress.accounting import Stats
 from mmcompress.budget import Budget
+from mmcompress.elastic import Elastic
 from mmcompress.encoder_method import EncoderMethod
 from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.cache import adopt
 from mmcompress.integrations.hf.door import Door
-from mmcompress.integrations.hf.families import FAMILIES, Family
+from mmcompress.integrations.hf.draft import Draft
+from mmcompress.integrations.hf.families import FAMILIES, Family, family_of
 from mmcompress.integrations.hf.kv_stage import KVStage, require_kv
 from mmcompress.integrations.hf.llm_stage import LLMStage, llm_facts, require_in_llm
-from mmcompress.kv_policy import Evictor
+from mmcompress.integrations.hf.projector_stage import pooling
+from mmcompress.integrations.hf.quant_stage import QuantStage, require_quantised
+from mmcompress.integrations.hf.sparse_stage import SparseStage, require_sparse
+from mmcompress.kv_policy import Evictor, KVPolicy, Quantiser
 from mmcompress.llm_method import LLMFacts, LLMMethod
 from mmcompress.method import VisualMethod
+from mmcompress.projector_method import ProjectorMethod
 from mmcompress.registry import METHODS, POLICIES, Stage
+from mmcompress.sparse_reader import SparseReader
 from mmcompress.spec import CompressionConfig, Spec, SpecLike
 from mmcompress.types import EncoderFacts, Needs, Positions, Trace
 
 _MARK = "_mmcompress_handle"
-_BASES: dict[Stage, type] = {"encoder": EncoderMethod, "pre_llm": VisualMethod, "in_llm": LLMMethod}
+_BASES: dict[Stage, type] = {
+    "encoder": EncoderMethod,
+    "projector": ProjectorMethod,
+    "pre_llm": VisualMethod,
+    "in_llm": LLMMethod,
+}
 _MANY = 1_000_000  # tokens, so that rounding does not matter
-Method = VisualMethod | EncoderMethod | LLMMethod
+Method = VisualMethod | EncoderMethod | ProjectorMethod | LLMMethod
 
 
 class Handle:
@@ -41,7 +53,8 @@ class Handle:
         config: what was asked for.
         method: the configured method that decides what enters the LLM; None if all does.
         llm_method: the configured method that acts inside the LLM, if there is one.
-        policy: the configured KV policy, if there is one.
+        policy: the configured KV policy that takes entries out or reads a part, if there is one.
+        quantiser: the configured KV policy that packs, if there is one.
         needs: the statistics `method` reads, with layers resolved for this model.
         encoder: what it knows of the vision encoder.
         llm: what is known of the LLM.
@@ -51,7 +64,9 @@ class Handle:
     def __init__(self, family: Family, config: CompressionConfig, model: Any) -> None:
         stages = _stages(config)
         self.method, self.llm_method, self.policy = stages.vision, stages.llm, stages.kv
+        self.quantiser = stages.quantiser
         self.config = config
+        self._family = family
         self.encoder: EncoderFacts = family.facts()
         self.llm: LLMFacts = llm_facts(family)
         self.needs: Needs = Needs() if self.method is None else self.method.needs(self.encoder)
@@ -59,7 +74,11 @@ class Handle:
             _require_supplied(self.method.info.name, self.needs, self.encoder)
         if isinstance(self.method, EncoderMethod):
             _require_encoder_stage(self.method, family)
-        elif self.method is not None and self.method.space == "pre_projector" and self.encoder.no_pre_projector:
+        elif (
+            isinstance(self.method, VisualMethod)
+            and self.method.space == "pre_projector"
+            and self.encoder.no_pre_projector
+        ):
             raise UnsupportedError(
                 f"{self.method.info.name} merges features before the projector, which {type(family.base).__name__} "
                 f'rules out: {self.encoder.no_pre_projector}. Option space="projected" merges projected tokens instead.'
@@ -67,11 +86,17 @@ class Handle:
         if self.llm_method is not None:
             require_in_llm(family, self.llm_method, self.llm)
         self.positions: Positions = config.positions or family.positions
-        for keep in (stages.keep, stages.llm_keep):
-            if keep is not None:
-                self._require_within_reach(keep)
-        if self.policy is not None:
+        for keep, method in ((stages.keep, self.method), (stages.llm_keep, self.llm_method)):
+            if keep is not None and method is not None:
+                self._require_within_reach(keep, method)
+        if isinstance(self.policy, SparseReader):
+            require_sparse(family, self.policy)
+        elif self.policy is not None:
             require_kv(family, model, self.policy, stages.kv_keep or Budget(1.0))
+        if self.quantiser is not None:
+            assert not isinstance(self.policy, SparseReader)
+            require_quantised(family, model, self.quantiser, self.policy)
+        draft = _draft(family, self.needs, self.policy)
         self._base = family.base
         llm_stage = None
         if self.llm_method is not None:
@@ -89,7 +114,8 @@ class Handle:
             self.positions,
             model,
             llm_stage=llm_stage,
-            kv_stage=None if self.policy is None else KVStage(family, self.policy, stages.kv_keep or Budget(1.0)),
+            kv_stage=_kv_stage(family, stages),
+            draft=draft,
         )
         setattr(self._base, _MARK, self)
 
@@ -97,12 +123,31 @@ class Handle:
     def stats(self) -> Stats | None:
         """What the last prefill with visual input kept and saved; None before the first."""
         door = self._active()
-        return None if door.stats is None else replace(door.stats, seconds=door.clock.read(), kv_held=door.kv_held)
+        if door.stats is None:
+            return None
+        return replace(
+            door.stats,
+            seconds=door.clock.read(),
+            kv_held=door.kv_held,
+            kv_layers=door.kv_layers,
+            kv_read=door.kv_read,
+        )
 
     @property
     def trace(self) -> list[Trace]:
         """What the last prefill with visual input did to every item, in row order."""
         return self._active().trace
+
+    @property
+    def dial(self) -> Elastic:
+        """The budgets of a method that has a set of them, and what each comes to for an image.
+
+        Raises:
+            UnsupportedError: the method takes any budget.
+        """
+        if not isinstance(self.method, ProjectorMethod):
+            raise UnsupportedError(f"{self.config} takes any budget; there is no dial.")
+        return pooling(self._family, self.method)
 
     @property
     def keep(self) -> int | float:
@@ -128,9 +173,10 @@ class Handle:
             raise SpecError("two methods have two budgets; unwrap the model and wrap it again with those you want.")
         stage = self._budgeted
         spec = CompressionConfig.create(self.config.methods[0].name, keep=keep, keep_avg=keep_avg).methods[0]
-        _require_budget(spec, cast(Method, self.method or self.llm_method))
+        method = cast(Method, self.method or self.llm_method)
+        _require_budget(spec, method)
         wanted = cast(Budget, spec.keep)
-        self._require_within_reach(wanted)
+        self._require_within_reach(wanted, method)
         before, stage.keep = stage.keep, wanted
 
         @contextmanager
@@ -153,11 +199,13 @@ class Handle:
             self._door = None
             delattr(self._base, _MARK)
 
-    def _require_within_reach(self, keep: Budget) -> None:
-        if keep.average and isinstance(keep.keep, float) and self.llm_method is not None:
-            self.llm_method.plan_average(_MANY, keep.keep * _MANY, self.llm)
-        elif isinstance(self.method, EncoderMethod):
-            self.method.plan(self.encoder.patches, keep.tokens(self.encoder.patches), self.encoder)
+    def _require_within_reach(self, keep: Budget, method: Method) -> None:
+        if keep.average and isinstance(keep.keep, float) and isinstance(method, LLMMethod):
+            method.plan_average(_MANY, keep.keep * _MANY, self.llm)
+        elif isinstance(method, EncoderMethod):
+            method.plan(self.encoder.patches, keep.tokens(self.encoder.patches), self.encoder)
+        elif isinstance(method, ProjectorMethod):
+            self.dial.require(keep.tokens(self.encoder.patches))
 
     def _active(self) -> Door:
         if self._door is None:
@@ -184,7 +232,7 @@ def wrap(
     keep: int | float | None = None,
     pruning_rate: float | None = None,
     keep_avg: int | float | None = None,
-    kv: SpecLike | None = None,
+    kv: SpecLike | Sequence[SpecLike] | None = None,
     positions: Positions | None = None,
     **options: Any,
 ) -> Handle:
@@ -196,7 +244,8 @@ def wrap(
         keep: per image or clip: a float in (0, 1] is a fraction, an int a token count.
         pruning_rate: the fraction removed, instead of `keep`.
         keep_avg: instead of `keep`, the mean over all LLM layers, for methods that remove tokens between them.
-        kv: a KV-cache policy.
+        kv: a KV-cache policy; or one that evicts and one that packs what is left, as in
+            ["snapkv(keep=512)", "kivi(bits=2)"].
         positions: "renumber" or "original"; default: renumber on 1-D RoPE, original on M-RoPE.
         options: options of the method.
 
@@ -234,7 +283,7 @@ def _family(model: Any) -> Family:
     if kind not in FAMILIES:
         problem = "is no vision-language model" if not hasattr(model.config, "vision_config") else "is not supported"
         raise UnsupportedError(f"{type(model).__name__} ({kind}) {problem}; supported families: {supported}.")
-    family = FAMILIES[kind](model.base_model)
+    family = family_of(model)
     adopt(DynamicCache(config=family.base.get_decoder().config))  # refuses what cannot be compressed into
     return family
 
@@ -243,12 +292,13 @@ def _family(model: Any) -> Family:
 class _Stages:
     """The configured methods by where they act."""
 
-    vision: VisualMethod | EncoderMethod | None = None
+    vision: VisualMethod | EncoderMethod | ProjectorMethod | None = None
     keep: Budget | None = None
     llm: LLMMethod | None = None
     llm_keep: Budget | None = None
-    kv: Evictor | None = None
+    kv: Evictor | SparseReader | None = None
     kv_keep: Budget | None = None
+    quantiser: Quantiser | None = None
 
 
 def _method(spec: Spec) -> Method:
@@ -261,7 +311,7 @@ def _method(spec: Spec) -> Method:
 
 
 def _stages(config: CompressionConfig) -> _Stages:
-    if not config.methods and config.kv is None:
+    if not config.methods and not config.kv:
         raise SpecError(f"give a method or a KV policy. Available: {', '.join(METHODS.names())}.")
     stages = _Stages()
     for spec in config.methods:
@@ -281,31 +331,69 @@ def _stages(config: CompressionConfig) -> _Stages:
             raise SpecError(f"{spec.name} acts before {stages.llm.info.name}: give it first.")
         part = method.second_part if isinstance(method, VisualMethod) else None
         stages = _Stages(method, spec.keep, part)
-    if config.kv is None:
-        return stages
-    policy = _policy(config.kv)
-    if policy.positions == "renumber" and (stages.llm is not None or config.positions == "original"):
+    return _with_policies(stages, config)
+
+
+def _with_policies(stages: _Stages, config: CompressionConfig) -> _Stages:
+    policies = [(_policy(spec), spec.keep) for spec in config.kv]
+    names = [policy.info.name for policy, _ in policies]
+    if len(policies) == 2 and isinstance(policies[0][0], Quantiser) and isinstance(policies[1][0], Evictor):
+        raise SpecError(f"{names[1]} acts before {names[0]}: give it first.")
+    if len(policies) > 1 and [_kind(policy) for policy, _ in policies] != [Evictor, Quantiser]:
         raise SpecError(
-            f"{policy.info.name} numbers what stays by its place in the cache, so every layer must hold the same: give "
-            "no method that acts inside the LLM, nor positions=original, beside it."
+            f"KV policies {' and '.join(names)} do not go together; what does is one that evicts and behind it one "
+            'that packs, as in ["snapkv(keep=512)", "kivi(bits=2)"].'
         )
-    return replace(stages, kv=policy, kv_keep=config.kv.keep)
+    for policy, keep in policies:
+        if isinstance(policy, Quantiser):
+            stages = replace(stages, quantiser=policy)
+        else:
+            stages = replace(stages, kv=policy, kv_keep=keep)
+    renumbers = isinstance(stages.kv, Evictor) and stages.kv.positions == "renumber"
+    if renumbers and (stages.llm is not None or config.positions == "original"):
+        raise SpecError(
+            f"{names[0]} numbers what stays by its place in the cache, so every layer must hold the same: give no "
+            "method that acts inside the LLM, nor positions=original, beside it."
+        )
+    return stages
 
 
-def _policy(spec: Spec) -> Evictor:
+def _kind(policy: KVPolicy) -> type[KVPolicy]:
+    return next(kind for kind in (Evictor, SparseReader, Quantiser) if isinstance(policy, kind))
+
+
+def _kv_stage(family: Family, stages: _Stages) -> KVStage | SparseStage | QuantStage | None:
+    policy, keep = stages.kv, stages.kv_keep or Budget(1.0)
+    if isinstance(policy, SparseReader):
+        return SparseStage(family, policy, keep)
+    evicting = None if policy is None else KVStage(family, policy, keep)
+    return evicting if stages.quantiser is None else QuantStage(family, stages.quantiser, evicting)
+
+
+def _draft(family: Family, needs: Needs, policy: Evictor | SparseReader | None) -> Draft | None:
+    """The smaller model that reads first, if there is one."""
+    ahead = policy.needs().draft if isinstance(policy, Evictor) else None
+    first = None if needs.draft is None else needs.draft.folder
+    if ahead is not None and first is not None and ahead != first:
+        raise SpecError(f"one draft reads first: the method asks for {first!r}, the KV policy for {ahead!r}.")
+    folder = first or ahead
+    return None if folder is None else Draft(folder, family, needs.draft)
+
+
+def _policy(spec: Spec) -> Evictor | SparseReader | Quantiser:
     """The configured KV policy.
 
     Raises:
-        SpecError: it is malformed, or lacks its budget.
-        UnsupportedError: this engine cannot apply it.
+        SpecError: it is malformed, lacks its budget, or takes none.
     """
     policy: Any = POLICIES.build(spec.name, spec.options)
-    if not isinstance(policy, Evictor):
-        reason = "it changes how entries are held, and this engine's caches only drop them"
-        raise UnsupportedError(f"KV policy {spec.name} cannot be applied yet: {reason}.")
-    if spec.keep is None or spec.keep.average:
+    _require_option(policy)
+    if isinstance(policy, Quantiser):
+        if spec.keep is not None:
+            raise SpecError(f"{spec.name} takes no keep=: it holds all entries, in fewer bits.")
+    elif spec.keep is None or spec.keep.average:
         raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a count of entries, as in keep=512.")
-    return policy
+    return cast(Evictor | SparseReader | Quantiser, policy)
 
 
 def _require_one_inside(stages: _Stages, method: LLMMethod) -> None:
@@ -329,7 +417,7 @@ def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
             )
 
 
-def _require_option(method: Method) -> None:
+def _require_option(method: Method | KVPolicy) -> None:
     name, lacking = method.info.name, method.info.lacking(method)
     if lacking:
         raise SpecError(f"{name} needs {lacking}; mmcompress info {name} says what to give.")

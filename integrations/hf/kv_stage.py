@@ -1,13 +1,13 @@
 """The KV stage: hooks on decoder layers that take entries out of a layer's cache as soon as its attention has run.
 
-A policy that compares layers waits for the last one. What a layer holds is kept with the cache, per row and KV head:
-masks of later passes are built from it, layer by layer.
+A policy that compares layers or looks ahead waits for the last one. What a layer holds is kept with the cache, per row
+and KV head: masks of later passes are built from it, layer by layer.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,11 +19,11 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from mmcompress.budget import Budget
 from mmcompress.errors import UnsupportedError
-from mmcompress.integrations.hf.cache import CacheState, Held, PrunedCache, head_mask, layer_mask
+from mmcompress.integrations.hf.cache import CacheState, Filled, Held, PrunedCache, head_mask, layer_mask
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.llm_stage import Run
 from mmcompress.integrations.hf.taps import tap
-from mmcompress.kv_policy import Evictor, KVRow
+from mmcompress.kv_policy import Ahead, Evictor, KVRow
 
 Asked = tuple[Tensor | None, Tensor | None]
 """Queries of a row `[heads, queries, dim]`, rotated and before rotation; None where they are not needed."""
@@ -46,8 +46,12 @@ class KVRun:
         queries: what the layer that is running asks, `[batch, heads, columns, dim]`.
         scaling: factor on its logits.
         rotary: its cosines and sines.
+        filled: what layers share, by what it was made of.
+        masks: by what is filled in them, the masks of layers.
         waiting: by layer that is to lose entries behind the last one, what each row asked there.
         dropped: `[batch]`, how many entries the first layer lost; None if none.
+        look_ahead: reads on as a draft expects, and returns `ahead`; None without a draft.
+        ahead: by layer the tokens that a draft expects in each row; None but in the pass that reads them, and after it.
     """
 
     cache: PrunedCache
@@ -62,13 +66,24 @@ class KVRun:
     queries: Tensor | None = None
     scaling: float = 1.0
     rotary: tuple[Tensor, Tensor] | None = None
+    filled: dict[Any, Filled] = field(default_factory=dict)
+    masks: dict[Filled, Any] = field(default_factory=dict)
     waiting: dict[int, list[Asked]] = field(default_factory=dict)
     dropped: Tensor | None = None
+    look_ahead: Callable[[], dict[int, list[Ahead]]] | None = None
+    ahead: dict[int, list[Ahead]] | None = None
 
     @property
     def brings_prompt(self) -> bool:
         """Whether more is read than the token that was generated last."""
         return self.current.shape[1] - self.said > 1
+
+    def grown(self, before: Filled) -> Filled:
+        """What is filled once the columns of this pass are stored."""
+        new = self.columns()[0]  # held by the key, so that its identity is nobody else's
+        if (before, new) not in self.filled:
+            self.filled[before, new] = before.grown(new, self.brings_prompt)
+        return self.filled[before, new]
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """Which of the columns that are left at this depth are no padding, and which are visual tokens."""
@@ -167,7 +182,7 @@ class KVStage:
         if run is None:
             return
         if run.waiting:
-            self._compare_layers(run)
+            self._evict_waiting(run)
         if run.dropped is not None:
             run.state.floor = run.seen
             if self._renumbers:
@@ -185,15 +200,14 @@ class KVStage:
         held = run.state.held.get(layer)
         if held is None:
             return None
-        new = run.columns()[0][:, None].expand(-1, held.valid.shape[1], -1)
-        valid = torch.cat([held.valid, new], dim=2)
-        config = self._decoder.config
-        mask = (
-            head_mask(config, args[0], valid)
-            if self._headwise
-            else layer_mask(config, args[0], valid[:, 0], run.cache, layer)
-        )
-        return args, {**kwargs, "attention_mask": mask}
+        filled, config = run.grown(held.filled), self._decoder.config
+        if filled not in run.masks:
+            run.masks[filled] = (
+                head_mask(config, args[0], filled.valid)
+                if self._headwise
+                else layer_mask(config, args[0], filled.valid[:, 0], run.cache, layer)
+            )
+        return args, {**kwargs, "attention_mask": run.masks[filled]}
 
     def _collect(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
         if self._local.run is not None:
@@ -204,23 +218,34 @@ class KVStage:
         run = self._local.run
         if run is None:
             return
+        if run.ahead is not None:
+            run.ahead[layer] = _ahead(run, run.cache.layers[layer])
+            return
         brings_prompt = layer not in run.state.held or run.brings_prompt
-        held = _extended(run, layer, run.cache.layers[layer])
+        held = run.state.held.get(layer) or _before(run, run.cache.layers[layer])
+        held = replace(held, filled=run.grown(held.filled))
         if brings_prompt or self.policy.schedule == "step":
+            held = held.complete(run.columns()[1])
             asked = [self._asked(run, held, row) for row in range(len(held.valid))]
-            if brings_prompt and self._needs.masses:
+            if brings_prompt and (self._needs.masses or self._needs.lookahead):
                 run.waiting[layer] = asked
             else:
                 held = self._evict(run, layer, held, asked, brings_prompt)
         run.state.held[layer] = held
+
+    def _evict_waiting(self, run: KVRun) -> None:
+        if run.look_ahead is not None:
+            run.ahead = run.look_ahead()
+        if self._needs.masses:
+            self._compare_layers(run)
+        for layer, asked in run.waiting.items():
+            run.state.held[layer] = self._evict(run, layer, run.state.held[layer], asked, brings_prompt=True)
 
     def _compare_layers(self, run: KVRun) -> None:
         held, asked = run.state.held, run.waiting
         rows = range(len(run.current))
         masses = [[self.policy.mass(self._views(run, n, held[n], row, asked[n][row])[0]) for n in held] for row in rows]
         run.state.masses = torch.stack([torch.stack([mass.to(run.current.device) for mass in row]) for row in masses])
-        for layer, rows_asked in asked.items():
-            held[layer] = self._evict(run, layer, held[layer], rows_asked, brings_prompt=True)
 
     def _evict(self, run: KVRun, layer: int, held: Held, asked: Sequence[Asked], brings_prompt: bool) -> Held:
         capacity, observed = held.capacity.clone(), held.observed
@@ -266,7 +291,11 @@ class KVStage:
             [valid.nonzero()[:, 0][indices] for valid, indices in zip(row, heads, strict=True)]
             for row, heads in zip(held.valid, kept, strict=True)
         ]
-        index, valid = _aligned(columns, left), _aligned([[c.new_ones(len(c)) for c in row] for row in columns], left)
+        index = _aligned(columns, left)
+        key = (held.filled, left, *(len(indices) for heads in kept for indices in heads))
+        if key not in run.filled:
+            valid = _aligned([[indices.new_ones(len(indices)) for indices in heads] for heads in kept], left)
+            run.filled[key] = replace(held.filled, valid=valid.bool())
         keys: list[list[Tensor]] = []
         values: list[list[Tensor]] = []
         for views, heads in zip(rows, kept, strict=True):
@@ -278,7 +307,7 @@ class KVStage:
         stored.dropped += length - left
         return replace(
             held,
-            valid=valid.bool(),
+            filled=run.filled[key],
             place=held.place.gather(2, index),
             visual=held.visual.gather(2, index),
             observed=None if held.observed is None else held.observed.gather(2, index),
@@ -308,6 +337,8 @@ class KVStage:
             return None if heads_of is None else heads_of.unflatten(0, (heads, -1))[part].flatten(0, 1)
 
         def entries(held_of: Tensor, part: slice) -> Tensor:
+            if held.filled.whole[row]:
+                return held_of[row][part]
             here = held.valid[row][part]
             return held_of[row][part][here].unflatten(0, (len(here), -1))
 
@@ -325,6 +356,7 @@ class KVStage:
                 query=share(query, part),
                 unrotated=share(unrotated, part),
                 masses=None if run.state.masses is None else run.state.masses[row],
+                ahead=None if run.ahead is None else run.ahead[layer][row],
                 rotation=partial(self._rotation, newest - held_or_seen + 1),
             )
             for part in parts
@@ -360,22 +392,23 @@ def _aligned(rows: Sequence[Sequence[Tensor]], length: int) -> Tensor:
     return torch.stack([torch.stack(heads) for heads in padded])
 
 
-def _extended(run: KVRun, layer: int, stored: Any) -> Held:
-    """What a layer holds once what it `stored` in this pass is behind what it held before."""
-    valid, visual = (part[:, None].expand(-1, stored.keys.shape[1], -1) for part in run.columns())
-    before = run.state.held.get(layer)
-    if before is None:
-        past = run.past[:, None, : stored.keys.shape[2] - valid.shape[2]].expand(-1, valid.shape[1], -1)
-        nothing = torch.zeros(len(valid), dtype=torch.long, device=valid.device)
-        before = Held(past, past.cumsum(2) - 1, torch.zeros_like(past), past[:, 0].sum(1), nothing, nothing)
-    added = valid[:, 0].sum(dim=1)
-    observed = before.observed
-    return Held(
-        valid=torch.cat([before.valid, valid], dim=2),
-        place=torch.cat([before.place, before.seen[:, None, None] + valid.cumsum(dim=2) - 1], dim=2),
-        visual=torch.cat([before.visual, visual], dim=2),
-        seen=before.seen + added,
-        generated=torch.zeros_like(added) if run.brings_prompt else before.generated + added,
-        capacity=before.capacity,
-        observed=None if observed is None else torch.cat([observed, observed.new_zeros(valid.shape)], dim=2),
-    )
+def _ahead(run: KVRun, stored: Any) -> list[Ahead]:
+    """What each row asks in this pass, and with which keys."""
+    assert run.queries is not None
+    valid = run.current.to(stored.keys.device)
+    keys = stored.keys[:, :, -valid.shape[1] :]
+    return [Ahead(query[:, here], key[:, here]) for query, key, here in zip(run.queries, keys, valid, strict=True)]
+
+
+def _before(run: KVRun, stored: Any) -> Held:
+    """What a layer holds when a policy first sees it: what it `stored` before this pass."""
+    past = run.past[:, : stored.keys.shape[2] - run.columns()[0].shape[1]]
+    heads = stored.keys.shape[1]
+    filled = run.filled.setdefault(("before", heads, past.shape[1]), _filled_by(past, heads))
+    place = filled.valid.cumsum(dim=2) - 1
+    return Held(filled, place, torch.zeros_like(filled.valid), torch.zeros_like(filled.seen))
+
+
+def _filled_by(past: Tensor, heads: int) -> Filled:
+    seen = past.sum(dim=1)
+    return Filled(past[:, None].expand(-1, heads, -1), seen, torch.zeros_like(seen))

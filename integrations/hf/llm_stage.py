@@ -227,10 +227,10 @@ class LLMStage:
         stretch = run.state.stretches[layer]
         mask = torch.cat([_stored(stretch, run.cache, layer, run.current.device), run.current], dim=1)
         run.state.stretches[layer] = Stretch(mask, stretch.shift)
-        replaced = {"attention_mask": self._mask(run, layer, run.inputs, mask)}
+        replaced: dict[str, Any] = {"attention_mask": self._mask(run, layer, run.inputs, mask)}
         if stretch.shift is not None:
             ids = run.ids - stretch.shift.to(run.ids.device)[:, None]
-            replaced["position_embeddings"] = self._rotary(run.inputs, ids)
+            replaced |= {"position_embeddings": self._rotary(run.inputs, ids), "position_ids": ids}
         run.replaced |= dict.fromkeys(range(layer, self.llm.layers), replaced)
 
     def _rotary(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,10 +274,15 @@ class LLMStage:
             shift = more if shift is None else shift + more
             rotary = self._rotary(hidden, ids)
         else:
+            ids = take_positions(run.ids.to(device), left_prompt.source)
             rotary = take(rotary[0], origin), take(rotary[1], origin)
         run.keys = torch.cat([past, left_prompt.valid], dim=1)
         run.state.stretches[layer] = Stretch(run.keys, shift)
-        replaced = {"attention_mask": self._mask(run, layer, hidden, run.keys), "position_embeddings": rotary}
+        replaced = {
+            "attention_mask": self._mask(run, layer, hidden, run.keys),
+            "position_embeddings": rotary,
+            "position_ids": ids,
+        }
         run.replaced |= dict.fromkeys(range(layer, self.llm.layers), replaced)
         return hidden
 

@@ -36,6 +36,10 @@ class Placed:
     features: Tensor | None
     reduced: Selection | None
 
+    def with_drafted(self, drafted: Tensor) -> Placed:
+        """The same with its part of what a draft attends to, `[batch, layers, columns]`."""
+        return replace(self, item=replace(self.item, drafted=drafted[self.rows[0]][:, self.positions]))
+
 
 def place_items(
     family: Family,
@@ -87,16 +91,13 @@ def place_items(
                 raise InputError(f"{modality} {number} has {len(at)} features but row {row} has room for fewer.")
             candidates = columns[~layout.separator.to(columns.device)]
             features = values[FEATURES].to(embeds.device) if FEATURES in values else None
-            item = VisualItem(
-                embeddings=embeds.detach()[row, candidates],
-                grids=layout.grids,
-                tiles=layout.tiles.to(embeds.device),
-                modality=modality,
+            item = visual_item(
+                layout,
+                values,
+                embeds.detach()[row, candidates],
+                modality,
                 label=f"{modality} {number} (row {row})",
-                crops=layout.crops,
-                features=None if features is None else features.detach().float(),
                 text=embeds.detach()[row, is_text[row]] if needs.text else None,
-                **_by_layer(values, embeds.device),
             )
             if text_tower is not None and ids is not None and item.features is not None:
                 prompt = ids[row, is_text[row].to(ids.device)]
@@ -104,6 +105,29 @@ def place_items(
             rows = range(row, row + copies)
             placed.append(Placed(item, rows, candidates, int(layout.separator.sum()), features, reduced))
     return sorted(placed, key=lambda entry: (entry.rows[0], int(entry.positions[0])))
+
+
+def visual_item(
+    layout: Layout,
+    values: Mapping[Key, Tensor],
+    embeddings: Tensor,
+    modality: Modality,
+    label: str,
+    text: Tensor | None = None,
+) -> VisualItem:
+    """An item as methods see it, from its `layout`, its statistics `values` and its tokens `[tokens, dim]`."""
+    device = embeddings.device
+    return VisualItem(
+        embeddings=embeddings,
+        grids=layout.grids,
+        tiles=layout.tiles.to(device),
+        modality=modality,
+        label=label,
+        crops=layout.crops,
+        features=values[FEATURES].detach().float().to(device) if FEATURES in values else None,
+        text=text,
+        **_by_layer(values, device),
+    )
 
 
 def _matching(encoded: Encoded | None, modality: Modality, placeholders: int) -> Encoded:
@@ -124,7 +148,7 @@ def _matching(encoded: Encoded | None, modality: Modality, placeholders: int) ->
     return encoded
 
 
-def _by_layer(values: dict[Key, Tensor], device: torch.device) -> dict[str, Any]:
+def _by_layer(values: Mapping[Key, Tensor], device: torch.device) -> dict[str, Any]:
     """`(name, layer) -> values` as one mapping per statistic."""
     named: dict[str, dict[int, Tensor]] = {}
     for (name, layer), value in values.items():

@@ -30,6 +30,7 @@ TAP, FLASH_TAP = "mmcompress_tap", "mmcompress_flash_tap"
 Key = tuple[str, int]
 Captured = dict[Key, list[Tensor]]
 Collect = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], None]
+Attend = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor | None]
 FEATURES: Key = ("features", 0)
 
 
@@ -50,6 +51,9 @@ def _tapped_attention(
     config: Any = module.config
     module = module._module if isinstance(module, _Delegate) else module  # tapped twice
     config.mmcompress_tap(query, key, attention_mask, kwargs)
+    output = config.mmcompress_attend(query, key, value, kwargs)
+    if output is not None:
+        return output, None
     original = config.mmcompress_original
     implementation = original._attn_implementation
     if implementation == "eager":
@@ -63,13 +67,22 @@ AttentionInterface.register(TAP, _tapped_attention)
 AttentionInterface.register(FLASH_TAP, _tapped_attention)
 
 
-def tap(attention: Any, collect: Collect) -> Any:
-    """Show `collect` what passes through an attention module; returns the config that undoes it, if put back."""
+def _nothing(*args: Any) -> None:
+    """See nothing, replace nothing."""
+
+
+def tap(attention: Any, collect: Collect = _nothing, attend: Attend = _nothing) -> Any:
+    """Show `collect` what passes through an attention module; returns the config that undoes it, if put back.
+
+    What `attend` makes of queries, keys and values, `[batch, queries, heads, dim]`, replaces what the module would; it
+    may decline by None.
+    """
     original = attention.config
     tapped = copy.copy(original)
     tapped._attn_implementation_internal = FLASH_TAP if "flash" in original._attn_implementation else TAP
     tapped.mmcompress_original = original
     tapped.mmcompress_tap = collect
+    tapped.mmcompress_attend = attend
     attention.config = tapped
     return original
 
@@ -104,17 +117,23 @@ class Taps:
 
     def _tap(self, attention: nn.Module, layer: int, names: list[str]) -> None:
         def collect(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-            captured = self._collecting.get()
-            if captured is None:
-                return
-            if mask is not None and not _attends_everywhere(mask):
+            if self._collecting.get() is not None and mask is not None and not _attends_everywhere(mask):
                 raise UnsupportedError("vision statistics of partly padded image tiles are not supported.")
-            with torch.no_grad():
-                for q, k in _segments(query, key, kwargs.get("cu_seq_lens_q")):
-                    for name in names:
-                        captured.setdefault((name, layer), []).append(STATISTICS[name](q, k, kwargs["scaling"]))
+            self._collect(layer, names, query, key, kwargs["scaling"], kwargs.get("cu_seq_lens_q"))
 
         self._tapped.append((attention, tap(attention, collect)))
+
+    def _collect(
+        self, layer: int, names: list[str], query: Tensor, key: Tensor, scaling: float, bounds: Tensor | None
+    ) -> None:
+        """Read the statistics `names` of a layer, stretch by stretch where `bounds` cut a packed call."""
+        captured = self._collecting.get()
+        if captured is None:
+            return
+        with torch.no_grad():
+            for q, k in _segments(query, key, bounds):
+                for name in names:
+                    captured.setdefault((name, layer), []).append(STATISTICS[name](q, k, scaling))
 
     def _collect_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._collect_features(args[0])

@@ -9,7 +9,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mmcompress.integrations.hf.clock import Span
 from mmcompress.integrations.hf.encoder_stage import EncoderStage
 from mmcompress.integrations.hf.families import ENCODERS, Family, Layout
-from mmcompress.integrations.hf.taps import Key, Taps
+from mmcompress.integrations.hf.projector_stage import ProjectorStage
+from mmcompress.integrations.hf.taps import Captured, Key, Taps
 from mmcompress.types import Modality, Needs, Selection
 
 _LABEL = "mmcompress_encoded"
@@ -35,6 +36,7 @@ class Encoded:
         spans: the encoder's time; empty if nothing was encoded anew.
         fresh: how many of the items were encoded anew.
         reduced: per item which patches the encoder left and what they absorbed; None if it left all.
+        inputs: what the encoder was given, by the names that the model takes it by; empty if nobody else reads it.
     """
 
     layouts: list[Layout]
@@ -42,6 +44,7 @@ class Encoded:
     spans: tuple[Span, ...]
     fresh: int
     reduced: list[Selection | None]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def join(cls, parts: list[Encoded]) -> Encoded:
@@ -72,10 +75,16 @@ class Vision:
     """
 
     def __init__(
-        self, family: Family, needs: Needs, projector: nn.Module | None, stage: EncoderStage | None = None
+        self,
+        family: Family,
+        needs: Needs,
+        projector: nn.Module | None,
+        stage: EncoderStage | ProjectorStage | None = None,
+        keeps_inputs: bool = False,
     ) -> None:
         self._family = family
         self._stage = stage
+        self._keeps_inputs = keeps_inputs
         self._local = _Local()
         self._replaced: list[str] = []
         self._memo: dict[Any, tuple[Any, Encoded]] = {}
@@ -140,6 +149,8 @@ class Vision:
                 output, encoded = encode_items(modality, encode, call)
             finally:
                 self._local.encoding = False
+            if self._keeps_inputs:
+                encoded = replace(encoded, inputs=_inputs(modality, call))
             setattr(output, _LABEL, encoded)
             self._local.last[modality] = self._local.pending[modality] = encoded
             return output
@@ -172,17 +183,33 @@ class Vision:
         span.stop()
         rows = torch.cat([feature.detach().reshape(-1, feature.shape[-1]) for feature in output.pooler_output])
         layouts = self._family.layouts(modality, rows, call)
-        lengths = [len(layout.separator) for layout in layouts]
-        statistics: list[dict[Key, Tensor]] = [{} for _ in layouts]
-        for key, chunks in captured.items():
-            is_scalar = chunks[0].dim() == 2
-            patches = [chunk[..., None] for chunk in chunks] if is_scalar else chunks
-            aligned = self._family.align(patches, modality, call).split(lengths)
-            for item, layout, values in zip(statistics, layouts, aligned, strict=True):
-                values = values[~layout.separator.to(values.device)]
-                item[key] = values[:, 0] if is_scalar else values
+        statistics = by_item(self._family, layouts, captured, modality, call)
         reduced: list[Selection | None] = [*left] or [None] * len(layouts)
         return output, Encoded(layouts, statistics, (span,), len(layouts), reduced)
+
+
+def _inputs(modality: Modality, call: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an encoder `call` by the names that the model takes them by."""
+    inputs = {name: value for name, value in call.items() if isinstance(value, Tensor)}
+    if modality == "video" and "pixel_values" in inputs:  # transformers 5.17 calls a video's pixels so
+        inputs["pixel_values_videos"] = inputs.pop("pixel_values")
+    return inputs
+
+
+def by_item(
+    family: Family, layouts: list[Layout], captured: Captured, modality: Modality, call: Mapping[str, Any]
+) -> list[dict[Key, Tensor]]:
+    """What was `captured` of patches in an encoder `call`, for the candidate tokens of each item."""
+    lengths = [len(layout.separator) for layout in layouts]
+    statistics: list[dict[Key, Tensor]] = [{} for _ in layouts]
+    for key, chunks in captured.items():
+        is_scalar = chunks[0].dim() == 2
+        patches = [chunk[..., None] for chunk in chunks] if is_scalar else chunks
+        aligned = family.align(patches, modality, call).split(lengths)
+        for item, layout, values in zip(statistics, layouts, aligned, strict=True):
+            values = values[~layout.separator.to(values.device)]
+            item[key] = values[:, 0] if is_scalar else values
+    return statistics
 
 
 def _fingerprint(value: Any) -> Any:

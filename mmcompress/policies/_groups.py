@@ -24,7 +24,8 @@ def pack_groups(name: str, block: Block, bits: int, group: int, dim: int) -> Pac
     if states.shape[dim] % group:
         what = "channels of a head" if dim == PER_TOKEN else "tokens"
         raise SpecError(f"{name}: {states.shape[dim]} {what} do not divide into groups of {group}.")
-    return Packed(ops.kv_quant(states, bits, group, dim), states.shape, states.dtype, block.layer)
+    parts = ops.kv_quant(states, bits, group, dim)
+    return Packed(parts, states.shape, states.dtype, block.layer, along=(-2, -2, -2))
 
 
 def unpack_groups(packed: Packed, bits: int, dim: int) -> Tensor:

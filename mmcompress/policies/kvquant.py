@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil, floor
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from mmcompress import ops
 from mmcompress.errors import SpecError
 from mmcompress.kv_policy import Block, Packed, Quantiser
 from mmcompress.policies._calibration import BITS, Calibration, LayerCalibration
+from mmcompress.policies._codebooks import quantile
 from mmcompress.policies._groups import check_bytes
 from mmcompress.registry import register_policy
 
@@ -64,11 +64,12 @@ class KVQuant(Quantiser):
         """Between the ends, per token, of what is left without outliers."""
         rows, known = _rows(block.states), self._layer(block.layer, block.states)
         ordered = rows.sort(dim=-1).values
-        lower, median, upper = (_quantile(ordered, share) for share in (self.outliers / 2, 0.5, 1 - self.outliers / 2))
+        lower, median, upper = (quantile(ordered, share) for share in (self.outliers / 2, 0.5, 1 - self.outliers / 2))
         exact = (rows <= lower) | (rows >= upper)
         low, high = rows.where(~exact, median).aminmax(dim=-1, keepdim=True)
         packed = _pack(block, exact, low, high, known.value_centroids)
-        return replace(packed, parts=(*packed.parts, low.to(packed.dtype), high.to(packed.dtype)))
+        ends = low.to(packed.dtype), high.to(packed.dtype)
+        return replace(packed, parts=(*packed.parts, *ends), along=(*packed.along, -2, -2))
 
     def unpack_keys(self, packed: Packed) -> Tensor:
         """Centroids between the thresholds of their channels."""
@@ -101,7 +102,7 @@ def _pack(block: Block, exact: Tensor, low: Tensor, high: Tensor, centroids: Ten
         exact.nonzero()[:, -1].to(torch.uint16),
         exact.sum(dim=-1).to(torch.uint16),
     )
-    return Packed(parts, block.states.shape, block.states.dtype, block.layer)
+    return Packed(parts, block.states.shape, block.states.dtype, block.layer, along=(-2, -1, -1, -1))
 
 
 def _unpack(packed: Packed, low: Tensor, high: Tensor, centroids: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def _unpack(packed: Packed, low: Tensor, high: Tensor, centroids: Tensor) -> Ten
     rows = centroids[ops.unpack_bits(codes, BITS[len(centroids)]).int()] * half + middle
     flat = rows.flatten(0, -2)
     token = torch.arange(len(flat), device=flat.device).repeat_interleave(counts.flatten().long())
-    flat[token, channels.long()] = outliers.float()
+    flat[token, channels.flatten().long()] = outliers.flatten().float()
     heads, _, dim = packed.shape[-3:]
     return rows.unflatten(-1, (heads, dim)).transpose(-3, -2).to(packed.dtype)
 
@@ -118,10 +119,3 @@ def _unpack(packed: Packed, low: Tensor, high: Tensor, centroids: Tensor) -> Ten
 def _rows(states: Tensor) -> Tensor:
     """Channels of all heads in one row, `[..., tokens, channels]`."""
     return states.float().transpose(-3, -2).flatten(-2)
-
-
-def _quantile(ordered: Tensor, share: float) -> Tensor:
-    """The value with `share` of `ordered` below it, `[..., 1]`; `torch.quantile` takes no large tensors."""
-    place = share * (ordered.shape[-1] - 1)
-    below, above = (ordered[..., end : end + 1] for end in (floor(place), ceil(place)))
-    return below.lerp(above, place - floor(place))

@@ -49,7 +49,7 @@ MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 def of_one_part() -> list[Spec]:
     """What has no second part inside the LLM; the other methods have such a variant each."""
-    specs = variants("pre_llm")
+    specs = [spec for spec in variants("pre_llm") if "draft" not in spec.options]
     return [spec for spec in specs if METHODS.build(spec.name, spec.options).second_part is None]
 
 

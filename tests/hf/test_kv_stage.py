@@ -56,7 +56,7 @@ def snapshots(monkeypatch: pytest.MonkeyPatch) -> Snapshots:
         run = stage._local.run
         finish(stage)
         assert run is not None
-        seen[-1].update(run.state.held)
+        seen[-1].update({layer: held.complete() for layer, held in run.state.held.items()})
 
     monkeypatch.setattr(KVStage, "begin", begun)
     monkeypatch.setattr(KVStage, "finish", noted)

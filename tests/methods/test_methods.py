@@ -56,6 +56,7 @@ def make_item(
         label=f"item {seed}",
         features=torch.randn(tokens, 5, generator=generator),
         text=torch.randn(7, DIM, generator=generator),
+        drafted=torch.rand(2, tokens, generator=generator),
         **{name: statistic(name) for name in STATISTICS},
     )
 

@@ -1,7 +1,8 @@
 """Golden cases: finding, reading and comparing them.
 
 A case is a JSON sidecar with parameters and the tensors of the same stem beside it. The sidecar gives the role of every
-tensor, or the handler says which ones are given; entries of a sidecar's rows then count as tensors `rows.NUMBER.ENTRY`.
+tensor, or the handler says which ones are given; entries of a sidecar's rows or cases then count as tensors
+`rows.NUMBER.ENTRY` and `cases.NUMBER.ENTRY`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity.handlers import HANDLERS, Handler, Kept, matches
+from parity.handlers import HANDLERS, NOT_BUILT, Handler, Kept, matches
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class Case:
         gaps = self.sidecar.get("gaps", {})
         own = [gap for scorer, gap in gaps.items() if name.endswith(f"_{scorer}")]
         stated = [self.sidecar.get("topk_gap"), self.sidecar.get("total_gap"), *(own or gaps.values())]
-        roles = any("role" in tensor for tensor in self.sidecar["tensors"].values())
+        roles = any("role" in tensor for tensor in self.sidecar.get("tensors", {}).values())
         return min((gap for gap in stated if gap is not None), default=torch.inf if roles else 0.0)
 
 
@@ -84,7 +85,7 @@ def load(path: Path) -> Case:
     assert _sidecar(path).exists(), f"{path.name} has no sidecar"
     sidecar = json.loads(path.read_text(encoding="utf-8"))
     own = load_file(path.with_suffix(".safetensors")) if path.with_suffix(".safetensors").exists() else {}
-    declared, shared = sidecar["tensors"], _shared_inputs(path, sidecar.get("inputs"))
+    declared, shared = sidecar.get("tensors", {}), _shared_inputs(path, sidecar.get("inputs"))
     differing = (declared.keys() ^ own.keys()) - shared.keys()
     assert not differing, f"sidecar and file disagree on {sorted(differing)}"
     for name, tensor in own.items():
@@ -92,10 +93,14 @@ def load(path: Path) -> Case:
         assert shape == declared[name]["shape"], f"{name} is {shape}, its sidecar says {declared[name]['shape']}"
     given = {*shared, *(name for name in own if declared[name].get("role") == "input" or matches(name, handler.inputs))}
     tensors = {**shared, **own}
-    for number, row in enumerate(sidecar.get("rows", [])):
-        entries = {f"rows.{number}.{entry}": torch.tensor(value) for entry, value in row.items()}
-        given |= {name for name in entries if matches(name, handler.inputs)}
-        tensors |= entries
+    entries = {
+        f"{table}.{number}.{entry}": torch.tensor(value)
+        for table in ("rows", "cases")
+        for number, row in enumerate(sidecar.get(table, []))
+        for entry, value in row.items()
+    }
+    given |= {name for name in entries if matches(name, handler.inputs)}
+    tensors |= entries
     by_role: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
     for name, tensor in tensors.items():
         half = tensor.dtype in (torch.float16, torch.bfloat16)
@@ -105,7 +110,7 @@ def load(path: Path) -> Case:
 
 def check(case: Case) -> None:
     """Recompute the case and compare every output that is not listed as unchecked."""
-    assert case.outputs, "the case has no output to check"
+    assert case.outputs or NOT_BUILT in case.handler.unchecked, "the case has no output to check"
     actual = case.handler.run(case)
     for name, expected in case.outputs.items():
         assert name in actual, f"{name} is not checked"
@@ -170,11 +175,12 @@ def _compare_floats(name: str, actual: Tensor, expected: Tensor, case: Case) -> 
 
 
 def _tolerance(name: str, expected: Tensor, given: Any) -> tuple[float, float]:
-    """`(rtol, atol)`; the sidecar's `given` wins: a number, "rtol X atol Y" or a dict, for all outputs or by output."""
+    """`(rtol, atol)`; the sidecar's `given` wins: a number, "rtol X atol Y" or a dict by output or pattern."""
     finite = expected[expected.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     if isinstance(given, dict) and not given.keys() & {"rtol", "atol"}:
-        parts = [part for part in given if name.removeprefix("out_").startswith(part.removeprefix("out_"))]
+        stem = name.removeprefix("out_")
+        parts = [part for part in given if stem.startswith(part.removeprefix("out_")) or matches(name, (part,))]
         given = given[max(parts, key=len)] if parts else None
     if isinstance(given, (int, float)):
         return given, given * largest

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmcompress.errors import SpecError
-from mmcompress.kv_policy import Evictor, KVRow
+from mmcompress.kv_policy import Ahead, Evictor, KVRow
 from mmcompress.policies._layers import in_proportion
 from mmcompress.policies._merging import absorb, others
 from mmcompress.policies._noise import gumbel
@@ -23,6 +23,7 @@ from mmcompress.registry import POLICIES
 EVICTORS = [name for name in POLICIES.names() if issubclass(POLICIES.get(name), Evictor)]
 SMALL: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 4}, "pyramidkv": {"window": 4}, "adakv": {"window": 4}, "ems": {"window": 4},
+    "speckv": {"window": 3},
 }  # fmt: skip
 HEADS, GROUP, DIM, LAYERS = 2, 3, 8, 5
 TOKENS, IMAGE = 40, slice(6, 30)
@@ -75,6 +76,9 @@ def prompt(policy: Evictor, seed: int = 0, tokens: int = TOKENS, image: slice = 
             unrotated=query[:, last] if needs.unrotated else None,
             rotation=rotation,
         )
+        if needs.lookahead:
+            drafted, later = sequence(100 * seed + layer + 50, 5), rotation(torch.arange(tokens, tokens + 5))
+            row = replace(row, ahead=Ahead(rotate(drafted[0], later), rotate(drafted[1], later)))
         rows.append(observed(policy, row))
     if needs.masses:
         masses = torch.stack([policy.mass(row) for row in rows])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from parity.handlers.base import Handler, Kept, Outputs, matches
+from parity.handlers.base import NOT_BUILT, Handler, Kept, Outputs, matches
 
 HANDLERS: dict[str, Handler] = {}
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     HANDLERS |= getattr(importlib.import_module(_module.name), "HANDLERS", {})
 
-__all__ = ["HANDLERS", "Handler", "Kept", "Outputs", "matches"]
+__all__ = ["HANDLERS", "NOT_BUILT", "Handler", "Kept", "Outputs", "matches"]

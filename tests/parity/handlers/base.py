@@ -12,6 +12,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from parity.cases import Case
 
+NOT_BUILT = "*"
+"""Where this is unchecked, all of a case is: it belongs to something that does not exist here."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -47,7 +50,7 @@ class Handler:
     run: Callable[[Case], Outputs]
     options: Mapping[str, Any] = field(default_factory=dict)
     unchecked: Mapping[str, str] = field(default_factory=dict)
-    tolerance: float | str | None = None
+    tolerance: float | str | Mapping[str, float | str] | None = None
     inputs: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 

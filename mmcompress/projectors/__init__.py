@@ -1,0 +1,1 @@
+"""Learned compressors whose token count is a dial, without any engine."""
