@@ -25,6 +25,7 @@ from mmcompress.evals.micro.questions import TYPES
 from mmcompress.evals.micro.scene import Style
 from mmcompress.evals.micro.stream import stream
 from mmcompress.evals.micro.training.architectures import parameters
+from mmcompress.evals.micro.training.curves import sittings
 from mmcompress.evals.micro.training.recipes import Optimisation, Recipe, find_recipe
 from mmcompress.evals.runner import Answer, evaluate
 from mmcompress.evals.statistics import clustered_mean
@@ -170,11 +171,24 @@ def _recipe(recipe: Recipe, log: Sequence[Mapping[str, Any]]) -> list[str]:
     for name, stage in (("vision", recipe.vision), ("answers", recipe.answers), ("pruned", recipe.pruned)):
         if stage is not None:
             lines.append(_stage(name, stage))
+    lines += trained_on(log)
     if recipe.pruned is None:
         lines.append("- **Token dropout:** none; pruned prompts are outside what it was trained on.")
     seconds = log[-1]["seconds"] if log else 0
     lines.append(f"- **Seed** {recipe.seed}; **time** {seconds / 60:.0f} minutes (see `log.jsonl` and the curves).")
     return lines
+
+
+def trained_on(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The line on sittings that began with finished weights, if there were any."""
+    later = [lines[-1] for lines in sittings(log) if "from" in lines[-1]]
+    if not later:
+        return []
+    steps = ", ".join(f"{row['step']} steps of stage {row['stage']} from `{row['from']}`" for row in later)
+    return [
+        "- **Trained on:** then, at half these learning rates, on other scenes, with more questions of what it knew "
+        f"least, labels of characters weighted three times, and all read-outs learnt anew: {steps}."
+    ]
 
 
 def _stage(name: str, stage: Optimisation) -> str:

@@ -102,7 +102,7 @@ def save(folder: Path, model: PreTrainedModel, tokens: Sequence[str], processor:
     """
     build_tokenizer(tokens).save_pretrained(folder)
     model.save_pretrained(folder)
-    _rename_as_on_the_hub(folder / "model.safetensors")
+    rename_as_on_the_hub(folder / "model.safetensors")
     (folder / "processor_config.json").write_text(json.dumps(processor.settings, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
 
@@ -125,7 +125,8 @@ def _chat_template(image: str, video: str) -> str:
     return _CHAT_TEMPLATE.replace("MARKERS", str({"image": image, "video": video}))
 
 
-def _rename_as_on_the_hub(weights: Path) -> None:
+def rename_as_on_the_hub(weights: Path) -> None:
+    """Give the vision tower's weights in a file the names that models on the hub have."""
     # transformers reads the tower of a LLaVA with and without this prefix and writes it without; vLLM insists on it.
     old, new = "vision_tower.", "vision_tower.vision_model."
     tensors = load_file(weights)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, CLIPModel
 
 from mmcompress.errors import InputError, SpecError
+from mmcompress.evals.micro.card import trained_on
 from mmcompress.evals.micro.masks import FONTS
 from mmcompress.evals.micro.processing import load_processor
 from mmcompress.evals.micro.questions import Asked
@@ -211,6 +212,7 @@ def test_batches_depend_on_their_number_only() -> None:
 def test_learning_rate() -> None:
     assert rate(0, 1000) < rate(75, 1000) < rate(150, 1000) > rate(600, 1000) > rate(999, 1000) > 0.029
     assert rate(0, 1) == 1
+    assert rate(124, 1000, still=125) == 0 < rate(125, 1000, still=125) < rate(249, 1000, still=125) == rate(249, 1000)
 
 
 @pytest.fixture
@@ -262,6 +264,70 @@ def test_the_twin_is_the_model_before_its_last_stage(tmp_path: Path) -> None:
     stages = {name: [(row["stage"], row["loss"]) for row in run.rows] for name, run in runs.items()}
     assert [stage for stage, _ in stages["micro-llava"]] == ["vision", "answers", "pruned"]
     assert stages["micro-llava-nodrop"] == stages["micro-llava"][:2]
+
+
+@pytest.mark.parametrize("stage", ["vision", "answers"])
+def test_training_on_begins_with_the_weights_and_leaves_them_until_heads_are_learnt(
+    llava: Path, tmp_path: Path, stage: str
+) -> None:
+    trained_on = Trainer("micro-llava", tmp_path, source=llava, steps={stage: 1})
+    heads = trained_on.modules.heads if stage == "vision" else trained_on.modules.token_heads
+    assert heads is not None
+    fresh = {name: weight.clone() for name, weight in heads.state_dict().items()}
+    assert trained_on.run()
+    assert not any(torch.equal(fresh[name], weight) for name, weight in heads.state_dict().items() if "1." in name)
+    for file in ("model.safetensors", f"{export.TEXT_TOWER}/model.safetensors"):
+        before, after = load_file(llava / file), load_file(tmp_path / file)
+        # The CLIP's own encoder is the model's, from the first step on.
+        names = {name for name in before if not name.startswith("vision_model")}
+        assert names and before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in names)
+
+
+def test_training_on_goes_on_with_the_log_on_other_scenes(llava: Path, tmp_path: Path) -> None:
+    first = Trainer("micro-llava", tmp_path / "first", source=llava, steps={"answers": 1})
+    assert first.run()
+    second = Trainer("micro-llava", tmp_path / "second", source=tmp_path / "first", steps={"pruned": 1})
+    assert second.run()
+    rows = [json.loads(row) for row in (tmp_path / "second" / LOG).read_text().splitlines()]
+    assert [(row["stage"], row["from"]) for row in rows] == [("answers", llava.name), ("pruned", "first")]
+    assert rows[1]["seconds"] >= rows[0]["seconds"]
+    assert len({find_recipe("micro-llava").seed, first.recipe.seed, second.recipe.seed}) == 3
+    lines = trained_on(rows)
+    assert len(lines) == 1 and f"1 steps of stage answers from `{llava.name}`, 1 steps of stage pruned" in lines[0]
+
+
+def test_training_on_without_a_text_tower_makes_none(llava: Path, tmp_path: Path) -> None:
+    shutil.copytree(llava, tmp_path / "start", ignore=shutil.ignore_patterns(export.TEXT_TOWER))
+    assert Trainer("micro-llava", tmp_path / "run", source=tmp_path / "start", steps={"answers": 1}).run()
+    assert not (tmp_path / "run" / export.TEXT_TOWER).exists()
+    assert Trainer("micro-llava", tmp_path / "run", source=tmp_path / "start", steps={"answers": 1}).run()
+
+
+def test_what_cannot_betrained_on_is_refused(
+    models: dict[str, Any],
+    llava: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(InputError, match=r"holds a LlavaForConditionalGeneration, .* is a Qwen2_5_VLForCond"):
+        Trainer("micro-qwen2.5-vl", tmp_path, source=llava)
+    with pytest.raises(InputError, match="does not fit"):
+        Trainer("micro-llava-draft", tmp_path, source=llava)
+    with pytest.raises(InputError, match="no model to start from"):
+        Trainer("micro-llava", tmp_path, source=tmp_path / "none")
+    with pytest.raises(SpecError, match="Did you mean 'vision'"):
+        Trainer("micro-llava", tmp_path, source=llava, steps={"visions": 1})
+    with pytest.raises(SpecError, match="at least 1 step"):
+        Trainer("micro-llava", tmp_path, source=llava, steps={"vision": 0})
+    Trainer("micro-llava", tmp_path, source=llava, steps={"answers": 1}).run()
+    with pytest.raises(SpecError, match="of another run"):
+        Trainer("micro-llava", tmp_path, source=llava, steps={"answers": 2})
+    monkeypatch.setattr("sys.argv", ["", "micro-llava", "--steps", "vision"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "vision=2000" in capsys.readouterr().err
 
 
 def test_bad_starts_are_refused(llava: Path, tiny: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmcompress.errors import MMCompressError
+from mmcompress.errors import MMCompressError, SpecError
+from mmcompress.evals.micro.training.curves import NO_SHARES
 from mmcompress.evals.micro.training.recipes import RECIPES
 from mmcompress.evals.micro.training.trainer import Row, Trainer
 
@@ -25,6 +26,10 @@ def main() -> None:
     parser.add_argument("model", help="which model, see below")
     parser.add_argument("--out", type=Path, help="folder of the run (micro-runs/MODEL)")
     parser.add_argument("--start", type=Path, help="folder of the model to start from (the embedded one)")
+    parser.add_argument(
+        "--from", type=Path, dest="source", help="folder of a finished model of this recipe, to train it on"
+    )
+    parser.add_argument("--steps", nargs="+", metavar="STAGE=STEPS", help="run these stages only, and so long (all)")
     parser.add_argument("--seconds", type=float, help="stop after that long, with everything saved (until done)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s here")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
@@ -54,6 +59,8 @@ def main() -> None:
             arguments.model,
             folder,
             start=arguments.start,
+            source=arguments.source,
+            steps=_steps(arguments.steps),
             device=arguments.device,
             scale=arguments.scale,
             compiled=arguments.compile,
@@ -73,11 +80,19 @@ def main() -> None:
     console.print(f"{'finished' if finished else 'stopped, run again to go on'}: {folder}", highlight=False)
 
 
+def _steps(named: list[str] | None) -> dict[str, int]:
+    steps = {}
+    for text in named or ():
+        stage, _, count = text.partition("=")
+        if not count.isdigit():
+            raise SpecError(f"--steps takes STAGE=STEPS, as in vision=2000, got {text!r}.")
+        steps[stage] = int(count)
+    return steps
+
+
 def line(row: Row) -> str:
     """One line of the log, for people."""
-    shares = "  ".join(
-        f"{key} {value:.3f}" for key, value in row.items() if key not in ("stage", "step", "steps", "seconds")
-    )
+    shares = "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key not in NO_SHARES)
     return f"{row['stage']} {row['step']}/{row['steps']}  {row['seconds']:.0f} s  {shares}"
 
 

@@ -73,7 +73,7 @@ class VisionBatches(Dataset[VisionBatch]):
 
     def __getitem__(self, step: int) -> VisionBatch:
         rng = np.random.default_rng((self._recipe.seed, _SERIES["vision"], step))
-        big = max(0.0, 1 - step / (_BIG_OBJECTS_UNTIL * self._steps))
+        big = 0.0 if self._recipe.continued else max(0.0, 1 - step / (_BIG_OBJECTS_UNTIL * self._steps))
         plain = _style(rng, self._recipe, (_FEWEST_SHAPES, _MOST_SHAPES[-1]), big)
         scenes = [
             draw_scene(rng, crowded(plain) if rng.random() < _CROWDED_SHARE else plain)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, CLIPModel, PreTrainedTokenizerFast
 
 from mmcompress.errors import InputError, SpecError
 from mmcompress.evals.micro import MODELS, saving
@@ -46,11 +46,7 @@ def take_weights(model: Any, recipe: Recipe, folder: Path | None) -> None:
     folder = folder or MODELS.get(str(recipe.start))
     if folder is None:
         raise SpecError(f"this model starts from the weights of {recipe.start}: name its folder with --start.")
-    try:
-        source = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model to start from can be read in {folder}: {error}") from error
-    weights = source.state_dict()
+    weights = _read(folder).state_dict()
     if not recipe.keeps_language_model:
         encoder = "model.vision_tower." if hasattr(model.model, "vision_tower") else "model.visual."
         weights = {name: tensor for name, tensor in weights.items() if name.startswith(encoder)}
@@ -58,6 +54,35 @@ def take_weights(model: Any, recipe: Recipe, folder: Path | None) -> None:
         model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise InputError(f"the model in {folder} does not fit: {error}") from error
+
+
+def take_all(modules: Modules, folder: Path) -> None:
+    """Copy all of the finished model in `folder`, and of the CLIP beside it; without one there, none is trained on.
+
+    Raises:
+        InputError: there is no model in it, or one of another architecture.
+    """
+    source = _read(folder)
+    wanted, found = (type(model).__name__ for model in (modules.model, source))
+    if wanted != found:
+        raise InputError(f"{folder} holds a {found}, but what is to be trained on is a {wanted}.")
+    try:
+        modules.model.load_state_dict(source.state_dict())
+        if not (folder / TEXT_TOWER).exists():
+            modules.clip = None
+        if modules.clip is not None:
+            modules.clip.load_state_dict(
+                CLIPModel.from_pretrained(folder / TEXT_TOWER, dtype=torch.float32).state_dict()
+            )
+    except RuntimeError as error:
+        raise InputError(f"the model in {folder} does not fit: {error}") from error
+
+
+def _read(folder: Path) -> Any:
+    try:
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no model to start from can be read in {folder}: {error}") from error
 
 
 def _text_tower_tokenizer() -> PreTrainedTokenizerFast:

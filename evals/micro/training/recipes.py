@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mmcompress.errors import unknown_name
+from mmcompress.errors import SpecError, unknown_name
 from mmcompress.evals.micro.training import architectures
 from mmcompress.evals.micro.training.families import Family, Llava, LlavaNext, Qwen
 
@@ -70,6 +70,8 @@ class Recipe:
         length: tokens of packed questions per row.
         font_sizes: of the signs, in px.
         text_tower: whether to train a CLIP text tower beside the encoder.
+        continued: whether all weights come from a finished model of this recipe, see `onward`.
+        characters: weight of what signs say among the labels of the encoder.
     """
 
     summary: str
@@ -88,6 +90,8 @@ class Recipe:
     length: int = 160
     font_sizes: tuple[int, ...] = (15, 18, 22)
     text_tower: bool = False
+    continued: bool = False
+    characters: float = 1.0
     seed: int = 1
     texts: Mapping[str, float] = field(default_factory=lambda: dict(TEXTS))
     forms: Mapping[str, float] = field(default_factory=lambda: dict(FORMS))
@@ -154,6 +158,61 @@ RECIPES: Mapping[str, Recipe] = {
     ),
 }
 """Every model that can be trained, by name."""
+
+_ONWARD_RATE = 0.5
+_ONWARD_CHARACTERS = 3.0
+# What a model answers early on is asked the less: existence, colours and shapes.
+_ONWARD_FORMS: Mapping[str, float] = {
+    "exist": 0.8,
+    "color": 0.6,
+    "shape": 0.8,
+    "kind-count": 1.4,
+    "color-count": 1.2,
+    "number": 1.5,
+    "color-choice": 1.6,
+    "shape-choice": 1.8,
+    "count-choice": 1.4,
+    "side": 0.5,
+    "half": 0.3,
+}
+
+
+def onward(recipe: Recipe, seed: int) -> Recipe:
+    """`recipe` for training a finished model on: other scenes, gentler steps, more of what is learnt late."""
+    gentler = {
+        name: replace(stage, learning_rate=_ONWARD_RATE * stage.learning_rate)
+        for name, stage in stage_settings(recipe).items()
+    }
+    return replace(
+        recipe,
+        continued=True,
+        keeps_language_model=True,
+        characters=_ONWARD_CHARACTERS,
+        forms=dict(_ONWARD_FORMS),
+        seed=seed,
+        **gentler,
+    )
+
+
+def stage_settings(recipe: Recipe) -> dict[str, Optimisation]:
+    """The stages of a recipe, in order."""
+    stages = {"vision": recipe.vision, "answers": recipe.answers, "pruned": recipe.pruned}
+    return {name: stage for name, stage in stages.items() if stage is not None}
+
+
+def only(recipe: Recipe, steps: Mapping[str, int]) -> Recipe:
+    """`recipe` with other numbers of steps for the stages named in `steps`.
+
+    Raises:
+        SpecError: it has no such stage, or a number is not positive.
+    """
+    settings = stage_settings(recipe)
+    for name, count in steps.items():
+        if name not in settings:
+            raise unknown_name("stage", name, tuple(settings))
+        if count < 1:
+            raise SpecError(f"stage {name} needs at least 1 step, got {count}.")
+    return replace(recipe, **{name: replace(settings[name], steps=count) for name, count in steps.items()})
 
 
 def find_recipe(name: str) -> Recipe:

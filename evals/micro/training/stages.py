@@ -14,7 +14,7 @@ from mmcompress.evals.micro.training.answering import Dropout, answer, drop, kee
 from mmcompress.evals.micro.training.batches import AnswersBatch, AnswersBatches, VisionBatch, VisionBatches
 from mmcompress.evals.micro.training.families import Hidden, Prefix
 from mmcompress.evals.micro.training.grounding import ground
-from mmcompress.evals.micro.training.recipes import Optimisation, Recipe
+from mmcompress.evals.micro.training.recipes import Optimisation, Recipe, stage_settings
 from mmcompress.evals.micro.training.vision import Metrics, VisionHeads
 
 _PRUNED_SHARE = 0.6
@@ -53,7 +53,12 @@ class Modules:
         with_cls = hasattr(vision, "projection_dim")
         if with_cls:
             architectures.initialise_encoder(recipe.family.encoder(model))
-        heads = VisionHeads(vision.hidden_size, levels=2 if with_cls else 1, summaries=2 if with_cls else 0)
+        heads = VisionHeads(
+            vision.hidden_size,
+            levels=2 if with_cls else 1,
+            summaries=2 if with_cls else 0,
+            characters=recipe.characters,
+        )
         return cls(model, heads, token_heads, architectures.clip(vision) if recipe.text_tower else None)
 
     def prepare(self, recipe: Recipe, device: torch.device, compiled: bool) -> None:
@@ -70,6 +75,11 @@ class Modules:
             encoder.compile()
             if not recipe.shown_where:
                 self.model.model.language_model.compile()
+
+    def head_parameters(self) -> set[nn.Parameter]:
+        """The weights of all read-outs."""
+        heads = (self.heads, self.token_heads)
+        return {weight for head in heads if head is not None for weight in head.parameters()}
 
     def named(self) -> dict[str, nn.Module]:
         """The modules there are, by name."""
@@ -197,5 +207,5 @@ Stage = VisionStage | AnswersStage
 
 def stages(recipe: Recipe) -> list[type[VisionStage] | type[AnswersStage]]:
     """The stages of a recipe, in order."""
-    parts = ((VisionStage, recipe.vision), (AnswersStage, recipe.answers), (PrunedStage, recipe.pruned))
-    return [stage for stage, optimisation in parts if optimisation is not None]
+    kinds = {"vision": VisionStage, "answers": AnswersStage, "pruned": PrunedStage}
+    return [kinds[name] for name in stage_settings(recipe)]

@@ -37,7 +37,8 @@ FIELDS: tuple[int, ...] = (KINDS, len(COLOR_NAMES), *[BLANK + 1] * SLOTS, BINS, 
 
 TEXT = slice(2, 2 + SLOTS)
 PLACE = slice(2 + SLOTS, 4 + SLOTS)
-"""The fields of a text, and of a place."""
+GLYPH = 4 + SLOTS
+"""The fields of a text, of a place, and of the nearest character."""
 
 _MIN_SHARE = 0.25
 
