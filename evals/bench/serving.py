@@ -1,0 +1,221 @@
+"""How many requests a vLLM server answers per second, images compressed and not, and whether all answers are right."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+
+from mmcompress.errors import MMCompressError, SpecError
+from mmcompress.evals.bench.rows import WIDTH, markdown, table
+from mmcompress.evals.environment import bench_environment
+from mmcompress.evals.micro import DEFAULT_MODEL, MICROVQA_PATH, MODELS, load_microvqa
+
+SHARES = {"picture": 0.7, "two pictures": 0.1, "text": 0.15, "broken": 0.05}
+SIDES = (112, 224, 448, 640)
+TOKENS = 8
+START_SECONDS = 600
+COLUMNS = ("method", "clients", "requests/s", "x", "right")
+NOTES = (
+    f"{', '.join(f'{share:.0%} {kind}' for kind, share in SHARES.items())}; sides of {SIDES[0]} to {SIDES[-1]} pixels, "
+    f"{TOKENS} tokens at most; medians of runs over all requests, prefix and image caches emptied before each. "
+    "x: requests per second over those of the stock engine.",
+    "right: every sound request got the text it gets alone, and every broken one a 400.",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A server under so many clients."""
+
+    method: str
+    clients: int
+    rate: float
+    ratio: float
+    right: bool
+
+    def cells(self) -> list[str]:
+        """The row as text, in the order of `COLUMNS`."""
+        return [self.method, str(self.clients), f"{self.rate:.2f}", f"{self.ratio:.2f}", "yes" if self.right else "NO"]
+
+
+def requests(count: int) -> tuple[list[dict[str, Any]], set[int]]:
+    """As many chats, the same every time: one picture, two, none or one that is broken; and which are broken."""
+    draw = random.Random(0)
+    questions = load_microvqa()
+    chats, broken = [], set()
+    for number in range(count):
+        kind = draw.choices(list(SHARES), list(SHARES.values()))[0]
+        rows = draw.sample(questions, 2 if kind == "two pictures" else 1)
+        pictures = [] if kind == "text" else [_png(MICROVQA_PATH / row.image, draw) for row in rows]
+        if kind == "broken":
+            pictures = [pictures[0][: len(pictures[0]) // 2]]
+            broken.add(number)
+        urls = [f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in pictures]
+        content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+        content.append({"type": "text", "text": rows[0].question})
+        chats.append({"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": TOKENS})
+    return chats, broken
+
+
+def _png(path: Path, draw: random.Random) -> bytes:
+    file = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").resize((draw.choice(SIDES), draw.choice(SIDES))).save(file, "png")
+    return file.getvalue()
+
+
+class Server:
+    """A running server, as its clients see it."""
+
+    def __init__(self, port: int) -> None:
+        self._address = f"http://127.0.0.1:{port}"
+
+    def post(self, path: str, body: Any = None) -> tuple[int, bytes]:
+        """Status and content of the answer."""
+        data = b"" if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=600) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def is_up(self) -> bool:
+        """Whether it takes requests."""
+        try:
+            return bool(urllib.request.urlopen(f"{self._address}/health", timeout=5).status == 200)
+        except OSError:
+            return False
+
+    def say(self, chat: dict[str, Any]) -> str | int:
+        """What it answers, or the status if it does not."""
+        status, content = self.post("/v1/chat/completions", chat)
+        return str(json.loads(content)["choices"][0]["message"]["content"]) if status == 200 else status
+
+    def run(self, chats: Sequence[dict[str, Any]], clients: int) -> tuple[float, list[str | int]]:
+        """Requests per second, and all answers."""
+        for cache in ("prefix", "mm", "encoder"):
+            self.post(f"/reset_{cache}_cache")
+        start = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            answers = list(pool.map(self.say, chats))
+        return len(chats) / (time.perf_counter() - start), answers
+
+
+@contextmanager
+def serve(model: Path, wanted: dict[str, Any], log: Path, arguments: Sequence[str]) -> Iterator[Server]:
+    """A server with `wanted` in its additional config that is gone afterwards.
+
+    Raises:
+        SpecError: it did not start.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--additional-config", json.dumps(wanted), *arguments]
+    with log.open("w", encoding="utf-8") as written:
+        process = subprocess.Popen(
+            command,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_SERVER_DEV_MODE": "1"},  # so that caches can be emptied
+            start_new_session=True,
+        )
+    try:
+        server = Server(port)
+        deadline = time.monotonic() + START_SECONDS
+        while not server.is_up():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SpecError(f"vLLM did not start; {log} says why.")
+            time.sleep(0.5)
+        yield server
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+def bench(settings: argparse.Namespace, arguments: Sequence[str], console: Console) -> list[Row]:
+    """Measure what the command line asks for, print it, and write it to `settings.out`.
+
+    Raises:
+        SpecError: a number is out of the question, or a server did not start.
+        OSError: the folder cannot be written to.
+    """
+    if min(settings.requests, settings.repeats, *settings.clients) < 1:
+        raise SpecError("--requests, --repeats and --clients must be at least 1.")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    model = MODELS.get(settings.model, Path(settings.model))
+    chats, broken = requests(settings.requests)
+    rows: list[Row] = []
+    for method in ("", settings.method):
+        wanted = {"mmcompress": {"method": method}} if method else {}
+        with serve(model, wanted, settings.out / f"{'compressed' if method else 'stock'}.log", arguments) as server:
+            _, alone = server.run(chats, 1)
+            refused = {number for number, answer in enumerate(alone) if answer == 400}
+            sound = refused == broken and all(
+                isinstance(alone[number], str) for number in {*range(len(chats))} - broken
+            )
+            for number, clients in enumerate(settings.clients):
+                runs = [server.run(chats, clients) for _ in range(settings.repeats)]
+                rate = median(rate for rate, _ in runs)
+                right = sound and server.is_up() and all(answers == alone for _, answers in runs)
+                stock = rows[number].rate if method else rate
+                rows.append(Row(method or "stock", clients, rate, rate / stock, right))
+    facts = bench_environment("serving", settings.device)
+    notes = [f"{settings.model}, {settings.requests} requests, {settings.repeats} runs.", *NOTES]
+    notes.append(", ".join(f"{name} {value}" for name, value in facts.items()))
+    cells = [row.cells() for row in rows]
+    console.print(table(COLUMNS, cells, notes), width=WIDTH, crop=False)
+    (settings.out / "table.md").write_text(markdown(COLUMNS, cells, notes), encoding="utf-8")
+    record = {"environment": facts, "rows": [asdict(row) for row in rows]}
+    (settings.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmcompress.evals.bench.serving",
+        description="Time a vLLM server under mixed requests with compressed images, beside the stock one. "
+        "Arguments that are not listed here are vLLM's.",
+    )
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, help="an embedded model or a folder (%(default)s)")
+    add("--method", default="hired(keep=0.2)", help="what compresses (%(default)s)")
+    add("--requests", type=int, default=500, help="how many (%(default)s)")
+    add("--clients", type=int, nargs="+", default=[1, 4, 16], help="how many ask at once (1 4 16)")
+    add("--repeats", type=int, default=3, help="runs of each (%(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where vLLM runs (%(default)s)")
+    add("--out", type=Path, default=Path("bench"), help="folder for results.json and table.md (%(default)s)")
+    settings, arguments = parser.parse_known_args(given)
+    try:
+        bench(settings, arguments, Console())
+    except (MMCompressError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The vLLM engine: a general plugin, switched on by `--additional-config '{"mmcompress": {...}}'`."""
