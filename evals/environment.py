@@ -23,16 +23,21 @@ def environment() -> dict[str, Any]:
         "transformers": version("transformers"),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "command": " ".join(["mmcompress", *sys.argv[1:]]),
+        "command": shlex.join(["mmcompress", *sys.argv[1:]]),
     }
 
 
 def bench_environment(module: str, device: str) -> dict[str, Any]:
     """The same for benchmark `module` on "cpu" or "cuda"."""
     return environment() | {
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "device": device_name(torch.device(device)),
         "command": f"python -m mmcompress.evals.bench.{module} {shlex.join(sys.argv[1:])}",
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls a GPU; a CPU has a fact of its own."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def cpu_name() -> str:

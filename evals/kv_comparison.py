@@ -122,7 +122,8 @@ def _ask(model: Any, processor: Any, needles: Sequence[Needle], run: Spec | None
     with nullcontext() if run is None else mmcompress.wrap(model, kv=run) as handle:
         cache = model(**inputs | {name: part[:, :-1] for name, part in prompt.items()}).past_key_values
         said = model.generate(**prompt, past_key_values=cache, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-        seen = cache.get_seq_length() * len(needles) * len(cache.layers)
+        heads = cache.layers[0].keys.shape[1]
+        seen = cache.get_seq_length() * len(needles) * len(cache.layers) * heads
         stats = None if handle is None else handle.stats
         if stats is None:
             held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -130,7 +131,7 @@ def _ask(model: Any, processor: Any, needles: Sequence[Needle], run: Spec | None
         else:
             held = stats.kv_held
             entries = [layer.keys.shape[2] for layer in cache.layers]
-            read = sum(stats.kv_read) / seen if stats.kv_read else sum(entries) * len(needles) / seen
+            read = sum(stats.kv_read) / seen if stats.kv_read else sum(entries) * len(needles) * heads / seen
     answers = processor.batch_decode(said[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers, held, read
 

@@ -1,86 +1,153 @@
-"""The table of an evaluation: one row per run, as a rich table or in Markdown."""
+"""The tables of an evaluation: one row per run, for a terminal, in Markdown and as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
 
-from mmcompress.evals.micro import Question
-from mmcompress.evals.runner import Result
-from mmcompress.evals.statistics import Estimate, clustered_mean, paired_difference
-
-COLUMNS = (
-    ("method", ""),
-    ("keep", ""),
-    ("accuracy", "±95 %"),
-    ("vs random", "±SE"),
-    ("invalid", "%"),
-    ("retained", "%"),
-    ("tokens", "/image"),
-    ("tokens", "/layer"),
-    ("prefill", "GFLOP"),
-    ("KV", "kB"),
-    ("encoder", "ms"),
-    ("select", "ms"),
-    ("prefill", "ms"),
-    ("decode", "ms"),
-)
-"""Heading and unit of every column."""
-
-WIDTH = 110
+WIDTH = 121
 """Characters the table is wide, unless names of methods are longer than `_NAME`."""
 
 _NAME = 24
+PROBLEMS_SHOWN = 5
 
 NOTES = (
-    "accuracy: exact match in %, 95 % interval clustered by image; vs random: points above random tokens at the same "
-    "keep on the same questions, clustered standard error; retained: share of the unpruned accuracy.",
+    "{metric}: 95 % interval; vs random: points above random tokens at the same keep on the same questions, with the "
+    "standard error; retained: share of the unpruned model's, 95 % interval. All errors are of images drawn again, "
+    "{resamples} times, the same for all runs. invalid: {invalid}.",
     "keep: visual tokens per LLM layer on average, as a share, or -- where a method's own rule decides; methods joined "
     "by + share the work.",
-    "random keeps one fixed subset for all images; the errors do not contain the luck of that subset.",
+    "random keeps one fixed subset for all images of a size; the errors do not contain the luck of that subset.",
     "tokens: visual tokens that enter the LLM, and their mean over its layers; GFLOP, kB and ms are per question. "
-    "Times are medians over batches on this machine, none saved by reusing encoded images.",
+    "Times are medians over questions on this machine, none saved by reusing encoded images.",
+)
+KV_NOTE = "KV under a policy: what the cache holds after the answer, padding included; otherwise after the prompt."
+
+Record = Mapping[str, Any]
+
+_STAGES = ("encoder", "selection", "prefill", "decode")
+_CSV_COLUMNS = (
+    *("model", "suite", "questions", "problems", "method", "keep", "kv", "metric", "value", "margin"),
+    *("retained", "retained_low", "retained_high", "invalid"),
+    *("tokens", "kept", "tokens_per_layer", "prefill_flops", "kv_bytes"),
 )
 
 
-def rows(results: Sequence[Result], questions: Sequence[Question]) -> list[list[str]]:
-    """The cells of the table, one list per run in the order of `results`, in the order of `COLUMNS`."""
-    images = [asked.image for asked in questions]
-    unpruned = next((scores(result) for result in results if result.method is None), None)
-    random = {result.keep: scores(result) for result in results if result.method == "random"}
-    return [_row(result, questions, images, unpruned, random.get(result.keep)) for result in results]
+def columns(result: Record, label: str) -> list[tuple[str, str]]:
+    """Heading and unit of every column of the table of suite `label`."""
+    suite = result["suites"][label]
+    unit = "±95 %" if suite["unit"] == 100 else "±95 %, points"
+    policies = [("KV policy", "")] if any(run["kv"] for run in result["runs"]) else []
+    return [
+        ("method", ""),
+        *policies,
+        ("keep", ""),
+        (suite["metric"], unit),
+        ("vs random", "±SE"),
+        ("invalid", "%"),
+        ("retained", "%"),
+        ("tokens", "/image"),
+        ("tokens", "/layer"),
+        ("prefill", "GFLOP"),
+        ("KV", "kB"),
+        ("encoder", "ms"),
+        ("select", "ms"),
+        ("prefill", "ms"),
+        ("decode", "ms"),
+    ]
 
 
-def table(results: Sequence[Result], questions: Sequence[Question]) -> Table:
+def rows(result: Record, label: str) -> list[list[str]]:
+    """The cells of the table of suite `label`, one list per run, in the order of `columns`."""
+    policies = any(run["kv"] for run in result["runs"])
+    return [_row(run, result["suites"][label], run["suites"][label], policies) for run in result["runs"]]
+
+
+def notes(result: Record, label: str) -> list[str]:
+    """What the columns mean."""
+    from mmcompress.evals.record import RESAMPLES
+
+    suite = result["suites"][label]
+    first = NOTES[0].format(metric=suite["metric"], invalid=suite["invalid"], resamples=RESAMPLES)
+    return [first, *NOTES[1:], *([KV_NOTE] if any(run["kv"] for run in result["runs"]) else [])]
+
+
+def table(result: Record, label: str) -> Table:
     """The rows as a table, budgets apart."""
-    width = WIDTH + max(0, max(len(result.method or "") for result in results) - _NAME)
-    notes = "\n".join(textwrap.fill(note, width) for note in NOTES)
-    drawn = Table(box=SIMPLE, padding=0, width=width, caption=notes, caption_justify="left", caption_style="dim")
-    for number, (heading, unit) in enumerate(COLUMNS):
+    names = [run["method"] or "" for run in result["runs"]]
+    width = WIDTH + max(0, max(map(len, names)) - _NAME) + max(len(run["kv"] or "") for run in result["runs"])
+    caption = "\n".join(textwrap.fill(note, width) for note in notes(result, label))
+    title = f"{label}: {len(result['suites'][label]['questions'])} questions"
+    drawn = Table(
+        box=SIMPLE, padding=0, width=width, title=title, caption=caption, caption_justify="left", caption_style="dim"
+    )
+    for number, (heading, unit) in enumerate(columns(result, label)):
         drawn.add_column(f"{heading}\n{unit}", justify="right" if number else "left", no_wrap=True)
-    numbered = zip(results, rows(results, questions), strict=True)
-    for _, same_budget in groupby(numbered, key=lambda entry: (entry[0].method is None, entry[0].keep)):
-        for _, cells in same_budget:
+    numbered = zip(result["runs"], rows(result, label), strict=True)
+    for _, alike in groupby(numbered, key=lambda entry: (entry[0]["method"] is None, entry[0]["keep"], entry[0]["kv"])):
+        for _, cells in alike:
             drawn.add_row(*cells)
         drawn.add_section()
     return drawn
 
 
-def markdown(results: Sequence[Result], questions: Sequence[Question]) -> str:
-    """The same rows as a Markdown table, notes included."""
-    headings = [f"{heading} ({unit})" if unit else heading for heading, unit in COLUMNS]
-    marks = ["---", *["---:"] * (len(headings) - 1)]
-    lines = [f"| {' | '.join(cells)} |" for cells in (headings, marks, *rows(results, questions))]
-    return "\n".join([*lines, "", *(f"- {note}" for note in NOTES), ""])
+def markdown(result: Record) -> str:
+    """All tables in Markdown, with notes, what was left out, and what made them."""
+    lines = []
+    for label, suite in result["suites"].items():
+        if not suite["questions"]:
+            lines += [f"## {label}", "", "No question could be asked.", ""]
+            continue
+        headings = [f"{heading} ({unit})" if unit else heading for heading, unit in columns(result, label)]
+        marks = ["---", *["---:"] * (len(headings) - 1)]
+        lines += [f"## {label}: {len(suite['questions'])} questions", ""]
+        lines += [f"| {' | '.join(map(_cell, cells))} |" for cells in (headings, marks, *rows(result, label))]
+        lines += ["", *(f"- {note}" for note in [*notes(result, label), *problem_lines(label, suite)]), ""]
+    facts = {"model": result["model"], "seed": result["seed"], **result["environment"]}
+    left_out = [f"- left out: {what}: {reason}" for what, reason in result["left_out"].items()]
+    return "\n".join([*lines, *left_out, f"- {', '.join(f'{name} {value}' for name, value in facts.items())}", ""])
 
 
-def scores(result: Result) -> list[float]:
-    """1.0 for every right answer, 0.0 for every other, in the order of the questions."""
-    return [float(answer.correct) for answer in result.answers]
+def problem_lines(label: str, suite: Record) -> list[str]:
+    """How many rows of a suite could not be asked, and the first of them."""
+    problems = suite["problems"]
+    if not problems:
+        return []
+    shown = [" ".join(f"{problem['where']}: {problem['reason']}".split()) for problem in problems[:PROBLEMS_SHOWN]]
+    more = f", and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    return [f"{label}: {len(problems)} rows could not be asked: {'; '.join(shown)}{more}"]
+
+
+def as_csv(results: Sequence[Record]) -> str:
+    """Every run of every suite in a line, numbers as they are."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*_CSV_COLUMNS, *(f"{stage}_seconds" for stage in _STAGES)])
+    for result in results:
+        for label, suite in result["suites"].items():
+            for run in result["runs"]:
+                found = run["suites"][label]
+                if not found:
+                    continue
+                cost, retained = found["cost"], found["retained"] or {}
+                writer.writerow(
+                    [
+                        *(result["model"], label, len(suite["questions"]), len(suite["problems"])),
+                        *(run["method"] or "unpruned", run["keep"], run["kv"]),
+                        *(suite["metric"], found["metrics"][suite["metric"]], found["margin"]),
+                        *(retained.get("value"), retained.get("low"), retained.get("high"), found["invalid"]),
+                        *(cost["tokens"], cost["kept"], cost["tokens_per_layer"], cost["prefill_flops"]),
+                        *(cost["kv_bytes"], *(cost["seconds"][stage] for stage in _STAGES)),
+                    ]
+                )
+    return file.getvalue()
 
 
 def budget(keep: int | float | None) -> str:
@@ -90,31 +157,38 @@ def budget(keep: int | float | None) -> str:
     return f"{100 * keep:g}%" if isinstance(keep, float) else str(keep)
 
 
-def _row(
-    result: Result,
-    questions: Sequence[Question],
-    images: Sequence[str],
-    unpruned: Sequence[float] | None,
-    random: Sequence[float] | None,
-) -> list[str]:
-    right, cost = scores(result), result.cost
-    accuracy = clustered_mean(right, images)
-    against = None if random is None or result.method in (None, "random") else paired_difference(right, random, images)
-    invalid = sum(not answer.valid for answer in result.answers) / len(result.answers)
+def percent(share: Record | None) -> str:
+    """A retained share with its interval, for people."""
+    if share is None:
+        return ""
+    known = share["low"] is not None and share["low"] < share["high"]
+    ends = f" [{100 * share['low']:.0f}, {100 * share['high']:.0f}]" if known else ""
+    return f"{100 * share['value']:.1f}{ends}"
+
+
+def _row(run: Record, suite: Record, found: Record, policies: bool) -> list[str]:
+    if not found:
+        return [run["method"] or "unpruned", *[""] * (13 + policies)]
+    cost, unit, against = found["cost"], suite["unit"], found["versus_random"]
     return [
-        result.method or "unpruned",
-        budget(result.keep),
-        f"{100 * accuracy.value:.1f} ±{100 * accuracy.margin:.1f}",
-        "" if against is None else _points(against),
-        f"{100 * invalid:.1f}",
-        f"{100 * accuracy.value / (sum(unpruned) / len(unpruned)):.1f}" if unpruned and any(unpruned) else "",
-        f"{cost.kept:.0f}",
-        f"{cost.tokens_per_layer:.0f}",
-        f"{cost.prefill_flops / 1e9:.3f}",
-        f"{cost.kv_bytes / 1e3:.0f}",
-        *(f"{1000 * seconds:.2f}" for seconds in vars(cost.seconds).values()),
+        run["method"] or "unpruned",
+        *([run["kv"] or ""] if policies else []),
+        budget(run["keep"]),
+        f"{unit * found['metrics'][suite['metric']]:.1f}{_error(unit, found['margin'])}",
+        "" if against is None else f"{unit * against['value']:+.1f}{_error(unit, against['error'])}",
+        f"{100 * found['invalid']:.1f}",
+        percent(found["retained"]),
+        f"{cost['kept']:.0f}",
+        f"{cost['tokens_per_layer']:.0f}",
+        f"{cost['prefill_flops'] / 1e9:.3f}",
+        f"{cost['kv_bytes'] / 1e3:.0f}",
+        *(f"{1000 * seconds:.2f}" for seconds in cost["seconds"].values()),
     ]
 
 
-def _points(difference: Estimate) -> str:
-    return f"{100 * difference.value:+.1f} ±{100 * difference.error:.1f}"
+def _error(unit: float, error: float | None) -> str:
+    return "" if error is None else f" ±{unit * error:.1f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")

@@ -16,15 +16,16 @@ from typer.testing import CliRunner, Result
 import mmcompress
 from mmcompress import cli
 from mmcompress.budget import Budget
+from mmcompress.errors import SpecError
 from mmcompress.evals.demo import KEEPS
 from mmcompress.evals.demo import METHODS as DEMO_METHODS
 from mmcompress.evals.micro import MICROVQA_PATH, model_path
 from mmcompress.evals.overlay import SIDE
-from mmcompress.registry import METHODS
+from mmcompress.registry import METHODS, POLICIES
 
 PICTURE = MICROVQA_PATH / "images" / "000.png"
 QUESTION = "what color is the star ?"
-COMMANDS = ("list", "info", "demo", "run", "show", "doctor")
+COMMANDS = ("list", "info", "demo", "eval", "calibrate", "suites", "report", "run", "show", "doctor")
 
 
 def invoke(*arguments: object) -> Result:
@@ -149,8 +150,10 @@ def test_demo_writes_table_answers_and_picture(tmp_path: Path) -> None:
     assert "unpruned" in text and text.count("todre") == 4
     assert sum(line.startswith("|") for line in (written / "table.md").read_text().splitlines()) == 2 + runs
     record = json.loads((written / "results.json").read_text())
-    assert len(record["questions"]) == 9 and len(record["runs"]) == runs
-    assert all(len(run["answers"]) == 9 and run["cost"]["kept"] <= 256 for run in record["runs"])
+    assert len(record["suites"]["microvqa"]["questions"]) >= 9 and len(record["runs"]) == runs
+    found = [run["suites"]["microvqa"] for run in record["runs"]]
+    assert all(len(run["answers"]) >= 9 and run["cost"]["kept"] <= 256 for run in found)
+    assert f"wrote {written}/report.html" in text and "</html>" in (written / "report.html").read_text()
     assert record["environment"]["transformers"] == transformers.__version__
     assert {"mmcompress", "python", "torch", "cpu", "threads", "command"} <= set(record["environment"])
     with Image.open(written / "overlay.png") as image:
@@ -247,6 +250,16 @@ def test_the_console_script_speaks_without_traceback() -> None:
     result = subprocess.run([script, "info", "nope"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: unknown method 'nope'")
+
+
+def test_calibrate_writes_what_kvquant_reads(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.safetensors"
+    assert "wrote" in succeed("calibrate", "micro-llava", "--limit", 1, "--bits", 2, "--out", path)
+    policy = POLICIES.build("kvquant", {"calibration": str(path)})
+    policy.require(layers=4, kv_heads=2, head_dim=64)
+    with pytest.raises(SpecError, match="is for 4 layers"):
+        policy.require(layers=5, kv_heads=2, head_dim=64)
+    assert "folder" in fail("calibrate", "micro-llava", "--out", tmp_path / "nowhere" / "file")
 
 
 def test_eval_compares_at_equal_tokens_per_layer(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def measure(model: Any, inputs: dict[str, Any], runs: Sequence[Run], repeats: in
                     if turn:
                         stats.append(handle.stats)
     rows: list[Row] = []
-    for (methods, keep), stats in zip(runs, seen, strict=True):
+    for (methods, keep, _), stats in zip(runs, seen, strict=True):
         encoder, selection, prefill = (
             median(getattr(one.seconds, stage) for one in stats) for stage in ("encoder", "selection", "prefill")
         )

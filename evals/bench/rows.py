@@ -12,7 +12,7 @@ from rich.table import Table
 from mmcompress.evals.bench.timing import ENOUGH_SECONDS, REPEATS
 
 COLUMNS = ("method", "tokens", "item", "kept", "ms/image", "against", "its ms/image", "ratio", "equal")
-WORDS = ("method", "methods", "item", "against")
+WORDS = ("method", "methods", "item", "against", "op", "shape")
 """The columns that hold words, not numbers."""
 WIDTH = 116
 NOTE = (

@@ -57,7 +57,10 @@ def build(text: str) -> tuple[Spec, VisualMethod, str]:
         raise SpecError(f"{spec}: the budget is the same for all methods, give --keep instead.")
     if lacking := method.info.lacking(method):
         return spec, method, f"needs {lacking}"
-    return spec, method, "reads the text tower of a CLIP" if method.needs(CLIP).text_tower else ""
+    needs = method.needs(CLIP)
+    if needs.draft is not None:
+        return spec, method, "reads what a draft model attends to"
+    return spec, method, "reads the text tower of a CLIP" if needs.text_tower else ""
 
 
 def measure(spec: Spec, method: VisualMethod, tokens: int, images: int, keep: Budget, limit: float, device: str) -> Row:

@@ -28,14 +28,14 @@ def time_batch(
     try:
         with at_most(limit):
             work(batch[:1])
-            _wait()
+            wait()
     except TimeoutError:
         return None, []
     seconds: list[float] = []
     while len(seconds) < REPEATS and sum(seconds) < ENOUGH_SECONDS:
         start = perf_counter()
         result = work(batch)
-        _wait()
+        wait()
         seconds.append(perf_counter() - start)
     return 1000 * median(seconds) / len(batch), result
 
@@ -56,7 +56,7 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def _wait() -> None:
+def wait() -> None:
     """Let work that runs on a GPU come to its end."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

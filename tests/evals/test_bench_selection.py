@@ -96,11 +96,12 @@ def test_answers_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_needs_a_file_is_left_out(tmp_path: Path) -> None:
-    record = run(tmp_path, "uniform,cdpruner,cdpruner(text_tower=/clip)", "--tokens", "16")
+    record = run(tmp_path, "uniform,cdpruner,cdpruner(text_tower=/clip),specpc(draft=/small)", "--tokens", "16")
     assert [row["method"] for row in record["rows"]] == ["uniform"]
     assert record["left_out"] == {
         "cdpruner": "needs text_tower= or relevance=",
         "cdpruner(text_tower=/clip)": "reads the text tower of a CLIP",
+        "specpc(draft=/small)": "reads what a draft model attends to",
     }
     assert "left out: cdpruner, needs text_tower= or relevance=." in (tmp_path / "table.md").read_text()
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from mmcompress.evals import capabilities
-from mmcompress.integrations.hf.capability import Capability, matrix
+from mmcompress.integrations.hf.capability import Capability, models
 from mmcompress.integrations.hf.families import FAMILIES
+from mmcompress.integrations.vllm.capability import FAMILIES as IN_VLLM
+from mmcompress.integrations.vllm.capability import capability as vllm_capability
 from mmcompress.registry import METHODS
 from mmcompress.spec import Spec
 from mmcompress.types import Needs
@@ -18,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "methods-matrix.md"
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Capability]]:
-    return matrix(METHODS.names())
+    return capabilities.measure(METHODS.names())
 
 
 def test_the_page_is_what_the_registry_says(found: dict[str, dict[str, Capability]]) -> None:
@@ -26,11 +28,23 @@ def test_the_page_is_what_the_registry_says(found: dict[str, dict[str, Capabilit
 
 
 def test_every_method_is_asked_of_every_family(found: dict[str, dict[str, Capability]]) -> None:
-    assert list(found) == METHODS.names() and {tuple(by_family) for by_family in found.values()} == {tuple(FAMILIES)}
+    columns = (*FAMILIES, "in vLLM")
+    assert list(found) == METHODS.names() and {tuple(by_family) for by_family in found.values()} == {columns}
     assert all(found["random"][family].reason == "" for family in FAMILIES)
     qwen = found["vtc-cls"]["qwen2_5_vl"]
     assert qwen.spec == Spec("vtc-cls", None, {"score": "received"}) and qwen.needs is not None and "CLS" in qwen.reason
     assert found["globalcom2"]["qwen2_vl"].needs is None
+
+
+def test_vllm_does_on_every_family_what_it_does_on_llava(found: dict[str, dict[str, Capability]]) -> None:
+    for family, model in models():
+        if family not in IN_VLLM:
+            continue
+        for name, by_family in found.items():
+            there, here = by_family[family], by_family["in vLLM"]
+            both = Spec(name, None, {**there.spec.options, **here.spec.options})
+            possible = there.needs is not None and here.needs is not None
+            assert (vllm_capability(model, both).needs is not None) == possible, (name, family)
 
 
 def test_reasons_are_said_once() -> None:

@@ -1,0 +1,312 @@
+"""Matryoshka training: teaching a model to answer from nested numbers of visual tokens (M3, arXiv:2405.17430)."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from mmcompress.errors import InputError, SpecError, UnsupportedError
+from mmcompress.evals.micro.saving import rename_as_on_the_hub
+from mmcompress.evals.suites.base import Question, Suite
+from mmcompress.integrations.hf import wrap
+from mmcompress.integrations.hf.projector_stage import SCALES
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+LLM = Literal["frozen", "lora", "full"]
+IGNORED = -100  # of labels
+
+_WARM_UP = 0.03
+_MAX_GRADIENT = 1.0
+_LORA_RANK, _LORA_ALPHA = 128, 256
+_LLM_LINEARS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is; an interrupted one goes on only with the same.
+
+    Args:
+        budgets: tokens per tile, one of which is drawn for every step.
+        steps: optimiser steps.
+        batch: questions per step and process.
+        learning_rate: highest, for all but LoRA's weights.
+        lora_learning_rate: highest, for these.
+        llm: what is trained of the LLM; the projector always is.
+        tower: whether the vision tower is trained too.
+        seed: of the order of the questions and of the budgets.
+    """
+
+    budgets: tuple[int, ...]
+    steps: int
+    batch: int = 8
+    learning_rate: float = 2e-5
+    lora_learning_rate: float = 2e-4
+    llm: LLM = "full"
+    tower: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.budgets or min(self.steps, self.batch) < 1:
+            raise SpecError("training needs budgets, and at least one step of at least one question.")
+
+    def budget(self, step: int) -> int:
+        """The budget of a step, the same in all processes."""
+        return random.Random(f"{self.seed} {step}").choice(self.budgets)
+
+    def questions(self, count: int, step: int, rank: int, processes: int) -> list[int]:
+        """Which of `count` questions a process is given in a step; every epoch has an order of its own."""
+        first = (step * processes + rank) * self.batch
+        return list(islice(self._order(count, first), self.batch))
+
+    def _order(self, count: int, first: int) -> Iterator[int]:
+        for epoch in range(first // count, first // count + self.batch + 1):
+            order = list(range(count))
+            random.Random(f"{self.seed} epoch {epoch}").shuffle(order)
+            yield from order[max(0, first - epoch * count) :]
+
+    def rate(self, step: int) -> float:
+        """Share of the highest learning rate: a linear warm-up, then a cosine down to nothing."""
+        warm_up = max(1, math.ceil(_WARM_UP * self.steps))
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, self.steps - warm_up))
+
+
+class Steps(Dataset[Any]):
+    """What one of several processes is trained on in each step."""
+
+    def __init__(
+        self, processor: Any, questions: Sequence[Question], recipe: Recipe, rank: int, processes: int
+    ) -> None:
+        self._processor, self._questions, self._recipe = processor, questions, recipe
+        self._place = rank, processes
+
+    def __getitem__(self, step: int) -> Any:
+        chosen = self._recipe.questions(len(self._questions), step, *self._place)
+        return batch(self._processor, [self._questions[number] for number in chosen])
+
+
+class Trainer:
+    """One run in one folder; a run that is found there is continued.
+
+    Args:
+        model: a LLaVA or LLaVA-NeXT in full precision.
+        processor: its processor, with a chat template.
+        suite: where the questions are.
+        recipe: what to do.
+        folder: for the checkpoint, the log and the finished model.
+
+    Raises:
+        SpecError: the model cannot have such budgets, or the folder holds another run.
+        InputError: a row of the dataset is malformed or lacks its image, or the checkpoint cannot be read.
+        UnsupportedError: the model has no projector that maps each token by itself, or no chat template.
+    """
+
+    def __init__(self, model: Any, processor: Any, suite: Suite, recipe: Recipe, folder: Path) -> None:
+        if not getattr(processor, "chat_template", None):
+            raise UnsupportedError("the model's processor has no chat template, so its prompt format is not known.")
+        most = max(recipe.budgets)
+        wrap(model, "m3", keep=most, scales=recipe.budgets).unwrap()  # what is impossible shows before the work begins
+        self.questions = readable(suite)
+        self.processor, self.recipe, self.folder = processor, recipe, folder
+        self.step, self.rows = 0, list[dict[str, Any]]()
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.dtype = model.dtype
+        self.model = _prepared(model.float(), recipe)
+        self.handle = wrap(self.model, "m3", keep=most, scales=recipe.budgets)
+        self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=0.0)
+        self._resume()
+        self.runner, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and reports."""
+        return bool(self.accelerator.is_main_process)
+
+    def run(self, report: Report = lambda row: None, save_every: int = 200, workers: int = 0) -> None:
+        """Train to the end and write the model, as safetensors, with its processor.
+
+        Args:
+            report: is given each line of the log.
+            save_every: steps between checkpoints.
+            workers: processes that read images ahead.
+
+        Raises:
+            InputError: an image cannot be read; the steps before it are kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.runner.train()
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        data = Steps(self.processor, self.questions, self.recipe, *place)
+        ahead = range(self.step, self.recipe.steps)
+        try:
+            for inputs in DataLoader(data, batch_size=None, sampler=ahead, num_workers=workers):
+                row = self._train(inputs.to(self.accelerator.device))
+                self.rows.append(row)
+                report(row)
+                if self.step % save_every == 0:
+                    self._save()
+        finally:
+            self._save()
+        self._export()
+
+    def _train(self, inputs: Any) -> dict[str, Any]:
+        budget = self.recipe.budget(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["highest"] * self.recipe.rate(self.step)
+        with self.handle.set(keep=budget):
+            loss = self.runner(**inputs).loss
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.trained.values(), _MAX_GRADIENT)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        mean = float(self.accelerator.reduce(loss.detach(), "mean"))
+        return {"step": self.step, "budget": budget, "loss": round(mean, 5)}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        lora = [weight for name, weight in self.trained.items() if "lora_" in name]
+        plain = [weight for name, weight in self.trained.items() if "lora_" not in name]
+        rates = ((plain, self.recipe.learning_rate), (lora, self.recipe.lora_learning_rate))
+        return [{"params": weights, "highest": rate, "lr": rate} for weights, rate in rates if weights]
+
+    def _save(self) -> None:
+        if not self.leads:
+            return
+        state = {
+            "recipe": json.dumps(asdict(self.recipe)),
+            "step": self.step,
+            "rows": self.rows,
+            "weights": {name: weight.detach().cpu() for name, weight in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        unfinished = self.folder / f"{CHECKPOINT}.new"
+        torch.save(state, unfinished)
+        unfinished.replace(self.folder / CHECKPOINT)
+        (self.folder / LOG).write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def _resume(self) -> None:
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            recipe = json.loads(state["recipe"])
+        except Exception as error:  # a torn file fails in as many ways as there are places to tear it
+            raise InputError(f"checkpoint {path} cannot be read ({error}); delete it to start anew.") from error
+        asked = json.loads(json.dumps(asdict(self.recipe)))
+        if recipe != asked:
+            raise SpecError(f"{path} is of another run: it was made with {recipe}, now asked for is {asked}.")
+        if state["weights"].keys() != self.trained.keys():
+            raise SpecError(f"{path} is of another model: the weights that are trained differ.")
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                self.trained[name].copy_(weight)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.rows = state["step"], state["rows"]
+
+    def _export(self) -> None:
+        self.handle.unwrap()
+        if not self.leads:
+            return
+        model = self.model.merge_and_unload() if self.recipe.llm == "lora" else self.model
+        setattr(model.config, SCALES, sorted(self.recipe.budgets))
+        model.eval().to(self.dtype).save_pretrained(self.folder)
+        if (self.folder / "model.safetensors").is_file():
+            rename_as_on_the_hub(self.folder / "model.safetensors")
+        self.processor.save_pretrained(self.folder)
+
+
+def readable(suite: Suite) -> list[Question]:
+    """The questions of a dataset, all of whose images are there.
+
+    Raises:
+        SpecError: its files are absent.
+        InputError: a row is malformed, or has no image or no answer, or its image is missing.
+    """
+    questions, problems = suite.read()
+    for asked in questions:
+        if not asked.images or not asked.answers:
+            raise InputError(f"question {asked.id} of {suite.folder} has no {'answer' if asked.images else 'image'}.")
+        for picture in asked.images:
+            if picture.path is not None and not picture.path.is_file():
+                raise InputError(f"question {asked.id} of {suite.folder}: image {picture.name} does not exist.")
+    if problems:
+        raise InputError(
+            f"{len(problems)} rows of {suite.folder} are malformed: {problems[0].where}: {problems[0].reason}"
+        )
+    return questions
+
+
+def batch(processor: Any, asked: Sequence[Question]) -> Any:
+    """Questions with their answers as a model is trained on them, padded on the left; labels are answers alone.
+
+    An answer is the one most annotators gave. It is encoded by itself, behind the prompt as generation sees it.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    pictures = [picture.open() for question in asked for picture in question.images]
+    prompts, answers = zip(*(_chat(processor, question) for question in asked), strict=True)
+    inputs = processor(images=pictures, text=list(prompts), padding=True, return_tensors="pt")
+    ids = [row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    rows = [torch.cat(pair) for pair in zip(ids, answers, strict=True)]
+    labels = [torch.cat([torch.full_like(row, IGNORED), answer]) for row, answer in zip(ids, answers, strict=True)]
+    inputs["input_ids"] = _left_padded(rows, processor.tokenizer.pad_token_id)
+    inputs["attention_mask"] = _left_padded([torch.ones_like(row) for row in rows], 0)
+    inputs["labels"] = _left_padded(labels, IGNORED)
+    return inputs
+
+
+def _chat(processor: Any, question: Question) -> tuple[str, Tensor]:
+    """The prompt of a question in the model's chat format, and the tokens of its answer up to the end."""
+    content = [*({"type": "image"} for _ in question.images), {"type": "text", "text": question.prompt}]
+    turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+    ((answer, _),) = Counter(question.answers).most_common(1)
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    whole = processor.apply_chat_template([*turns, said])
+    ending = whole.removeprefix(prompt) if whole.startswith(prompt) else f" {answer}"
+    tokenizer = processor.tokenizer
+    ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return prompt, torch.tensor(ids)
+
+
+def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
+
+
+def _prepared(model: Any, recipe: Recipe) -> Any:
+    """The model with gradients for what is to be trained alone, in a PEFT model if that is by LoRA."""
+    model.requires_grad_(False)
+    inner = model.model
+    parts: list[nn.Module] = [inner.multi_modal_projector]
+    if recipe.tower:
+        parts.append(inner.vision_tower)
+    if recipe.llm == "full":
+        parts += [inner.language_model, model.lm_head]
+    if recipe.llm == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=_LORA_RANK, lora_alpha=_LORA_ALPHA, target_modules=_LLM_LINEARS))
+    for part in parts:
+        part.requires_grad_(True)
+    return model

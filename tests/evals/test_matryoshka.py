@@ -1,0 +1,214 @@
+"""Matryoshka training: what is learnt, what is kept when it stops, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import save_tiny_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+import mmcompress
+from mmcompress import InputError, SpecError, UnsupportedError, cli
+from mmcompress.evals.matryoshka import CHECKPOINT, IGNORED, LOG, Recipe, Trainer, batch, readable
+from mmcompress.evals.suites import configure
+from mmcompress.evals.suites.base import Suite
+
+COLORS = ("red", "blue", "green", "yellow")
+RECIPE = Recipe((1, 4, 16), steps=6, batch=2, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_model("llava", path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four pictures of one color each, all asked alike; two share a question about both."""
+    path = tmp_path / "data"
+    path.mkdir()
+    rows: list[dict[str, Any]] = []
+    for color in COLORS:
+        Image.new("RGB", (80, 60), color).save(path / f"{color}.png")
+        rows.append({"image": f"{color}.png", "question": "what color is the circle ?", "answers": color})
+    rows.append(
+        {"image": ["red.png", "blue.png"], "question": "what color is it ?", "answers": ["red", "blue", "blue"]}
+    )
+    write(path, rows)
+    return path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    (path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def suite(data: Path) -> Suite:
+    return dataclasses.replace(configure("jsonl(prompt=plain)", data), folder=data)
+
+
+def trainer(folder: Path, data: Path, out: Path, recipe: Recipe = RECIPE) -> Trainer:
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    return Trainer(model, AutoProcessor.from_pretrained(folder), suite(data), recipe, out)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+def test_a_batch_is_padded_on_the_left_and_only_answers_count(folder: Path, data: Path) -> None:
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = batch(processor, readable(suite(data))[3:])
+    assert inputs["pixel_values"].shape[0] == 3
+    ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
+    assert mask[0, 0] == 0 and mask[1].all() and mask[:, -1].all()
+    said = [processor.tokenizer.decode(row[row != IGNORED]).split() for row in labels]
+    assert said == [["yellow", "</s>"], ["blue", "</s>"]]
+    assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
+
+
+def test_budgets_and_questions_depend_on_the_step_alone() -> None:
+    recipe = Recipe((1, 4), steps=10, batch=3, seed=5)
+    assert {recipe.budget(step) for step in range(50)} == {1, 4}
+    together = [recipe.questions(7, step, rank, 2) for step in range(7) for rank in range(2)]
+    dealt = [question for part in together for question in part]
+    for epoch in range(6):
+        assert sorted(dealt[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert dealt[:7] != dealt[7:14]
+    assert recipe.questions(2, 4, 1, 2) == recipe.questions(2, 4, 1, 2) and len(recipe.questions(2, 4, 1, 2)) == 3
+
+
+@pytest.mark.parametrize("llm", ["full", "lora", "frozen"])
+def test_it_learns_and_leaves_a_model_that_knows_its_scales(folder: Path, data: Path, tmp_path: Path, llm: Any) -> None:
+    recipe = dataclasses.replace(RECIPE, budgets=(1, 16), steps=20, batch=4, llm=llm, lora_learning_rate=1e-2)
+    run = trainer(folder, data, tmp_path / "out", recipe)
+    run.run()
+    losses = [row["loss"] for row in run.rows]
+    assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5])
+    assert {row["budget"] for row in run.rows} == {1, 16}
+    before, after = weights(folder), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    inside = {name for name in changed if "language_model" in name}
+    assert any("multi_modal_projector" in name for name in changed) and not any("vision_tower" in n for n in changed)
+    assert bool(inside) == (llm != "frozen")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    with mmcompress.wrap(model, "m3", keep=16) as handle:
+        assert handle.dial.budgets() == (1, 16)
+    with pytest.raises(SpecError, match="M3 has no budget 4: it takes 1, 16"):
+        mmcompress.wrap(model, "m3", keep=4)
+
+
+def test_an_interrupted_run_ends_like_one_that_was_not(folder: Path, data: Path, tmp_path: Path) -> None:
+    whole = trainer(folder, data, tmp_path / "whole")
+    whole.run()
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(folder, data, tmp_path / "parts").run(stop)
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    rest = trainer(folder, data, tmp_path / "parts")
+    assert rest.step == 3
+    rest.run()
+    assert (tmp_path / "parts" / LOG).read_text() == (tmp_path / "whole" / LOG).read_text()
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name])
+
+
+def test_an_image_that_breaks_on_the_way_leaves_what_was_learnt(folder: Path, data: Path, tmp_path: Path) -> None:
+    run = trainer(folder, data, tmp_path / "out")
+    late = run.questions[RECIPE.questions(5, 2, 0, 1)[0]].images[0].path
+    assert late is not None
+    first = {path for step in (0, 1) for i in RECIPE.questions(5, step, 0, 1) for path in run.questions[i].images}
+    late.write_bytes(b"no picture")
+    with pytest.raises(InputError, match="cannot be read"):
+        run.run()
+    state = torch.load(tmp_path / "out" / CHECKPOINT, weights_only=True)
+    assert state["step"] == (0 if any(picture.path == late for picture in first) else 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "what ?", "answers": "red"}, "1 rows of .* are malformed"),
+        ({"image": "gone.png", "question": "what ?", "answers": "red"}, r"image gone\.png does not exist"),
+        ({"image": "../red.png", "question": "what ?", "answers": "red"}, "leads out of"),
+        ({"image": "red.png", "question": "what ?"}, "1 rows of .* are malformed"),
+    ],
+)
+def test_rows_that_cannot_be_learnt_from_are_refused_at_once(
+    folder: Path, data: Path, tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    write(data, [{"image": "red.png", "question": "what ?", "answers": "red"}, row])
+    with pytest.raises(InputError, match=message):
+        trainer(folder, data, tmp_path / "out")
+
+
+def test_other_runs_and_torn_checkpoints_are_refused(folder: Path, data: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, steps=1)
+    trainer(folder, data, tmp_path / "out", recipe).run()
+    with pytest.raises(SpecError, match=r"is of another run: it was made with .*'steps': 1"):
+        trainer(folder, data, tmp_path / "out")
+    (tmp_path / "out" / CHECKPOINT).write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"checkpoint\.pt cannot be read"):
+        trainer(folder, data, tmp_path / "out", recipe)
+
+
+def test_budgets_must_be_possible(folder: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="m3 cannot pool 4x4 tokens evenly to 9"):
+        trainer(folder, data, tmp_path / "out", dataclasses.replace(RECIPE, budgets=(1, 9)))
+    with pytest.raises(SpecError, match="training needs budgets"):
+        Recipe((), steps=1)
+
+
+def test_families_without_such_a_projector_are_refused(data: Path, tmp_path: Path) -> None:
+    save_tiny_model("qwen2_5_vl", tmp_path / "qwen")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "qwen")
+
+    class Processor:
+        chat_template = "any"
+
+    with pytest.raises(UnsupportedError, match="m3 pools the tokens of whole tiles"):
+        Trainer(model, Processor(), suite(data), RECIPE, tmp_path / "out")
+
+
+def test_processes_that_read_ahead_change_nothing(folder: Path, data: Path, tmp_path: Path) -> None:
+    trainer(folder, data, tmp_path / "none").run()
+    trainer(folder, data, tmp_path / "two").run(workers=2)
+    assert (tmp_path / "two" / LOG).read_text() == (tmp_path / "none" / LOG).read_text()
+    one, other = weights(tmp_path / "none"), weights(tmp_path / "two")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_help_has_an_example() -> None:
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, ["train", "matryoshka", "--help"]).stdout
+    assert "mmcompress train matryoshka --model micro-llava" in shown.partition("Try:")[2]
+
+
+def test_the_command_trains_and_goes_on(folder: Path, data: Path, tmp_path: Path) -> None:
+    def command(*extra: str) -> Any:
+        given = ["train", "matryoshka", "--model", str(folder), "--data", str(data), "--out", str(tmp_path / "out")]
+        given += ["--suite", "jsonl(prompt=plain)", "--steps", "2", "--batch", "2", *extra]
+        return CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, given)
+
+    done = command("--budgets", "16,4,1")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "wrote" in done.stdout and len((tmp_path / "out" / LOG).read_text().splitlines()) == 2
+    assert command("--budgets", "16,4,1").exit_code == 0
+    for budgets, message in (("16,x", "write token counts"), ("16,5", "cannot pool"), ("16,4", "another run")):
+        failed = command("--budgets", budgets)
+        assert failed.exit_code == 2 and message in " ".join(failed.stderr.split())
+    failed = command("--budgets", "16", "--llm", "lor")
+    assert failed.exit_code == 2 and "Did you mean 'lora'" in " ".join(failed.stderr.split())
