@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 VERSIONS := 5.17 5.19
 
-.PHONY: help setup demo micro test test-slow lint format clean
+.PHONY: help setup demo micro test test-slow browser lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -19,13 +19,16 @@ micro: .venv/.ready ## train an embedded model: make micro MODEL=micro-llava [SE
 test: .venv/.ready ## the tests, newest transformers
 	$(RUN) -m pytest -n 2 -m "not slow"
 
-test-slow: .venv/.ready .venv-vllm/.ready $(VERSIONS:%=.venv-%/.ready) ## slow tests, those in vLLM, and all others on older transformers
+test-slow: browser .venv/.ready .venv-vllm/.ready $(VERSIONS:%=.venv-%/.ready) ## slow tests, those in vLLM, and all others on older transformers
 	$(RUN) -m pytest -n 2 -m slow
 	PYTHONPATH=$(CURDIR)/tests/vllm/startup .venv-vllm/bin/python -m pytest -m slow tests/vllm
 	@for version in $(VERSIONS); do \
 		echo "== transformers $$version"; \
 		.venv-$$version/bin/python -m pytest -n 2 -m "not slow" || exit 1; \
 	done
+
+browser: ## install Chromium, in which a slow test looks at the report, if there is none
+	@command -v chromium || command -v chromium-browser || { apt-get update -q && apt-get install -qy chromium; }
 
 lint: .venv/.ready ## ruff, mypy, import-linter
 	.venv/bin/ruff check .

@@ -29,7 +29,7 @@ def test_the_table_of_decoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths", "100"], "less than the prompt with one picture"),
+        (["--lengths", "100", "--kv", "int8"], "less than the prompt with one picture"),
         (["--kv", "snapkw(keep=0.1)"], "snapkv"),
         (["--steps", "0"], "at least 2"),
     ],
