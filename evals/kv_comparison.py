@@ -138,7 +138,8 @@ def _ask(model: Any, processor: Any, needles: Sequence[Needle], run: Spec | None
 
 def every_policy(keeps: Sequence[int | float], options: Mapping[str, Mapping[str, Any]]) -> list[Spec | None]:
     """No policy, every policy that takes a budget at every one of `keeps`, random first, then all others."""
-    budgeted, others = [], []
+    budgeted: list[str] = []
+    others: list[str] = []
     for name in POLICIES.names():
         policy: Any = POLICIES.build(name, options.get(name, {}))
         if policy.info.lacking(policy):

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -38,8 +38,8 @@ START_SECONDS = 600
 COLUMNS = ("method", "clients", "requests/s", "x", "right")
 NOTES = (
     f"{', '.join(f'{share:.0%} {kind}' for kind, share in SHARES.items())}; sides of {SIDES[0]} to {SIDES[-1]} pixels, "
-    f"{TOKENS} tokens at most; medians of runs over all requests, prefix and image caches emptied before each. "
-    "x: requests per second over those of the stock engine.",
+    f"{TOKENS} tokens at most; medians of runs over all requests, taken in turns, prefix and image caches emptied "
+    "before each. x: requests per second over those of the stock engine.",
     "right: every sound request got the text it gets alone, and every broken one a 400.",
 )
 
@@ -170,19 +170,29 @@ def bench(settings: argparse.Namespace, arguments: Sequence[str], console: Conso
     model = MODELS.get(settings.model, Path(settings.model))
     chats, broken = requests(settings.requests)
     rows: list[Row] = []
-    for method in ("", settings.method):
-        wanted = {"mmcompress": {"method": method}} if method else {}
-        with serve(model, wanted, settings.out / f"{'compressed' if method else 'stock'}.log", arguments) as server:
-            _, alone = server.run(chats, 1)
-            refused = {number for number, answer in enumerate(alone) if answer == 400}
-            sound = refused == broken and all(
-                isinstance(alone[number], str) for number in {*range(len(chats))} - broken
+    with ExitStack() as running:
+        servers = {
+            method: running.enter_context(
+                serve(
+                    model,
+                    {"mmcompress": {"method": method}} if method else {},
+                    settings.out / f"{'compressed' if method else 'stock'}.log",
+                    arguments,
+                )
             )
-            for number, clients in enumerate(settings.clients):
-                runs = [server.run(chats, clients) for _ in range(settings.repeats)]
-                rate = median(rate for rate, _ in runs)
-                right = sound and server.is_up() and all(answers == alone for _, answers in runs)
-                stock = rows[number].rate if method else rate
+            for method in ("", settings.method)
+        }
+        alone = {method: server.run(chats, 1)[1] for method, server in servers.items()}
+        for clients in settings.clients:
+            runs = [  # in turns, so that what else the machine does slows both
+                {method: server.run(chats, clients) for method, server in servers.items()}
+                for _ in range(settings.repeats)
+            ]
+            stock = median(run[""][0] for run in runs)
+            for method, server in servers.items():
+                rate = median(run[method][0] for run in runs)
+                right = server.is_up() and _sound(alone[method], broken)
+                right = right and all(run[method][1] == alone[method] for run in runs)
                 rows.append(Row(method or "stock", clients, rate, rate / stock, right))
     facts = bench_environment("serving", settings.device)
     notes = [f"{settings.model}, {settings.requests} requests, {settings.repeats} runs.", *NOTES]
@@ -193,6 +203,11 @@ def bench(settings: argparse.Namespace, arguments: Sequence[str], console: Conso
     record = {"environment": facts, "rows": [asdict(row) for row in rows]}
     (settings.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return rows
+
+
+def _sound(answers: Sequence[str | int], broken: set[int]) -> bool:
+    """Whether all requests got a text but the `broken` ones, which got a 400."""
+    return all(answer == 400 if number in broken else isinstance(answer, str) for number, answer in enumerate(answers))
 
 
 def main(given: Sequence[str] | None = None) -> None:

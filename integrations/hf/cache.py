@@ -24,7 +24,7 @@ from mmcompress.sparse_reader import Summary
 
 
 class PrunedLayer(CacheLayerMixin):
-    """A cache layer of which `dropped` tokens were never stored, and that occupied `peak` bytes at most."""
+    """A cache layer of which `dropped` tokens were never stored; `peak` bytes were held before some were taken out."""
 
     dropped = 0
     peak = 0
@@ -50,12 +50,6 @@ class PrunedLayer(CacheLayerMixin):
 
 class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
     """A `PrunedLayer` that grows."""
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store keys and values; returns all of them."""
-        stored = super().update(*args, **kwargs)
-        self.peak = max(self.peak, self.nbytes)
-        return stored
 
     def physical_length(self) -> int:
         """Tokens stored."""

@@ -282,6 +282,7 @@ class KVStage:
         self, run: KVRun, layer: int, held: Held, rows: Sequence[Sequence[KVRow]], kept: Sequence[Sequence[Tensor]]
     ) -> Held:
         stored: Any = run.cache.layers[layer]
+        stored.peak = max(stored.peak, stored.nbytes)
         length = held.valid.shape[2]
         left = max(len(indices) for heads in kept for indices in heads)
         if layer == 0:

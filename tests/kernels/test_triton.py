@@ -20,6 +20,8 @@ triton = pytest.importorskip("triton")
 FOLDER = Path(__file__).parents[2] / "kernels"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OTHER_DTYPES = [torch.float32, torch.float16, torch.float32, torch.float16]
+HEADS = [*((dim, torch.bfloat16) for dim in HEAD_SIZES), *zip(HEAD_SIZES, OTHER_DTYPES, strict=True)]
 NAIVE = {
     name: getattr(module, name)
     for path in FOLDER.glob("*/naive.py")
@@ -60,8 +62,7 @@ def check(call: Call) -> None:
         torch.testing.assert_close(mine.cpu(), truth, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", HEAD_SIZES)
+@pytest.mark.parametrize(("dim", "dtype"), HEADS, ids=str)
 @pytest.mark.parametrize("case", BY_HEAD_SIZE)
 def test_head_sizes(case: str, dim: int, dtype: torch.dtype) -> None:
     check(BY_HEAD_SIZE[case](dim, dtype))

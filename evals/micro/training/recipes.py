@@ -179,7 +179,7 @@ _ONWARD_FORMS: Mapping[str, float] = {
 
 def onward(recipe: Recipe, seed: int) -> Recipe:
     """`recipe` for training a finished model on: other scenes, gentler steps, more of what is learnt late."""
-    gentler = {
+    gentler: dict[str, Any] = {
         name: replace(stage, learning_rate=_ONWARD_RATE * stage.learning_rate)
         for name, stage in stage_settings(recipe).items()
     }
@@ -212,7 +212,8 @@ def only(recipe: Recipe, steps: Mapping[str, int]) -> Recipe:
             raise unknown_name("stage", name, tuple(settings))
         if count < 1:
             raise SpecError(f"stage {name} needs at least 1 step, got {count}.")
-    return replace(recipe, **{name: replace(settings[name], steps=count) for name, count in steps.items()})
+    changed: dict[str, Any] = {name: replace(settings[name], steps=count) for name, count in steps.items()}
+    return replace(recipe, **changed)
 
 
 def find_recipe(name: str) -> Recipe:

@@ -207,5 +207,9 @@ Stage = VisionStage | AnswersStage
 
 def stages(recipe: Recipe) -> list[type[VisionStage] | type[AnswersStage]]:
     """The stages of a recipe, in order."""
-    kinds = {"vision": VisionStage, "answers": AnswersStage, "pruned": PrunedStage}
+    kinds: dict[str, type[VisionStage] | type[AnswersStage]] = {
+        "vision": VisionStage,
+        "answers": AnswersStage,
+        "pruned": PrunedStage,
+    }
     return [kinds[name] for name in stage_settings(recipe)]
