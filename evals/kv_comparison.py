@@ -18,7 +18,7 @@ from rich.progress import track
 
 import mmcompress
 from mmcompress.errors import MMCompressError
-from mmcompress.evals.bench.rows import markdown, table
+from mmcompress.evals.bench.rows import publish
 from mmcompress.evals.demo import load_micro
 from mmcompress.evals.environment import environment
 from mmcompress.evals.micro import DEFAULT_MODEL, Question
@@ -203,10 +203,8 @@ def main(given: Sequence[str] | None = None) -> None:
     cells, facts = rows(results, scenes), environment()
     facts["command"] = " ".join(["python -m mmcompress.evals.kv_comparison", *(given or sys.argv[1:])])
     notes = [*NOTES, ", ".join(f"{name} {value}" for name, value in facts.items())]
-    Console().print(table(COLUMNS, cells, NOTES), crop=False)
-    (asked.out / "table.md").write_text(markdown(COLUMNS, cells, notes), encoding="utf-8")
     record = {"environment": facts, "scenes": scenes, "runs": [asdict(result) for result in results]}
-    (asked.out / "results.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    publish(asked.out, COLUMNS, cells, notes, record, Console())
 
 
 if __name__ == "__main__":

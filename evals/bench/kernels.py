@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mmcompress import ops
 from mmcompress.errors import MMCompressError, SpecError
-from mmcompress.evals.bench.rows import WIDTH, markdown, table
+from mmcompress.evals.bench.rows import publish
 from mmcompress.evals.bench.timing import time_batch
 from mmcompress.evals.environment import bench_environment
 
@@ -317,16 +316,13 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
         ", ".join(f"{name} {value}" for name, value in facts.items()),
     ]
     cells = [row.cells(settings.limit) for row in rows]
-    console.print(table(COLUMNS, cells, notes), width=WIDTH, crop=False)
-    (settings.out / "table.md").write_text(markdown(COLUMNS, cells, notes), encoding="utf-8")
     record = {
         "environment": facts,
         "dtype": settings.dtype,
         "ceilings": vars(limits),
         "rows": [vars(row) for row in rows],
     }
-    (settings.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"wrote {settings.out}/table.md and results.json", highlight=False)
+    publish(settings.out, COLUMNS, cells, notes, record, console)
     return rows
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.progress import track
 
 from mmcompress.accounting import Stats
 from mmcompress.errors import MMCompressError, SpecError
-from mmcompress.evals.bench.rows import WIDTH, markdown, table
+from mmcompress.evals.bench.rows import publish
 from mmcompress.evals.bench.shapes import SHAPES
 from mmcompress.evals.comparison import plan
 from mmcompress.evals.environment import bench_environment
@@ -125,11 +124,8 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
     notes += [f"left out: {what}: {reason}" for what, reason in chosen.left_out.items()]
     notes.append(", ".join(f"{name} {value}" for name, value in facts.items()))
     cells = [row.cells() for row in rows]
-    console.print(table(COLUMNS, cells, notes), width=WIDTH, crop=False)
-    (settings.out / "table.md").write_text(markdown(COLUMNS, cells, notes), encoding="utf-8")
     record = {"environment": facts, "layers": layers, "dtype": settings.dtype, "rows": [asdict(row) for row in rows]}
-    (settings.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"wrote {settings.out}/table.md and results.json", highlight=False)
+    publish(settings.out, COLUMNS, cells, notes, record, console)
     return rows
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -76,3 +80,18 @@ def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequ
     """The same in Markdown."""
     lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {note}" for note in notes), ""])
+
+
+def publish(
+    out: Path,
+    columns: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    record: Mapping[str, Any],
+    console: Console,
+) -> None:
+    """Print the table, write it and `record` to `table.md` and `results.json` in the folder `out`, and say so."""
+    console.print(table(columns, cells, notes), width=WIDTH, crop=False)
+    (out / "table.md").write_text(markdown(columns, cells, notes), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print(f"wrote {out}/table.md and results.json", highlight=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from mmcompress.budget import Budget
 from mmcompress.errors import MMCompressError, SpecError
 from mmcompress.evals.bench.items import CLIP, layout, make_item
 from mmcompress.evals.bench.plain import PLAIN, plain_loop
-from mmcompress.evals.bench.rows import COLUMNS, NOTE, WIDTH, Row, markdown, table
+from mmcompress.evals.bench.rows import COLUMNS, NOTE, Row, publish
 from mmcompress.evals.bench.timing import time_batch
 from mmcompress.evals.environment import bench_environment
 from mmcompress.method import VisualMethod
@@ -120,8 +119,6 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
     notes = [NOTE, *(f"left out: {name}, {reason}." for name, reason in left_out.items())]
     notes.append(f"batches of {settings.images}, keep {keep}, " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     cells = [row.cells(limit) for row in rows]
-    console.print(table(COLUMNS, cells, notes), width=WIDTH, crop=False)
-    (settings.out / "table.md").write_text(markdown(COLUMNS, cells, notes), encoding="utf-8")
     record = {
         "environment": facts,
         "images": settings.images,
@@ -130,8 +127,7 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
         "left_out": left_out,
         "rows": [{**asdict(row), "ratio": row.ratio} for row in rows],
     }
-    (settings.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"wrote {settings.out}/table.md and results.json", highlight=False)
+    publish(settings.out, COLUMNS, cells, notes, record, console)
     return rows
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 
 from mmcompress.errors import MMCompressError, SpecError
-from mmcompress.evals.bench.rows import WIDTH, markdown, table
+from mmcompress.evals.bench.rows import publish
 from mmcompress.evals.environment import bench_environment
 from mmcompress.evals.micro import DEFAULT_MODEL, MICROVQA_PATH, MODELS, load_microvqa
 
@@ -198,10 +198,8 @@ def bench(settings: argparse.Namespace, arguments: Sequence[str], console: Conso
     notes = [f"{settings.model}, {settings.requests} requests, {settings.repeats} runs.", *NOTES]
     notes.append(", ".join(f"{name} {value}" for name, value in facts.items()))
     cells = [row.cells() for row in rows]
-    console.print(table(COLUMNS, cells, notes), width=WIDTH, crop=False)
-    (settings.out / "table.md").write_text(markdown(COLUMNS, cells, notes), encoding="utf-8")
     record = {"environment": facts, "rows": [asdict(row) for row in rows]}
-    (settings.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    publish(settings.out, COLUMNS, cells, notes, record, console)
     return rows
 
 

@@ -260,8 +260,9 @@ class KVStage:
                 if observed is None:
                     observed = torch.zeros(held.place.shape, device=held.place.device)
                 (view,) = views
-                observed[row][held.valid[row]] += self.policy.observe(view).flatten()
-                views = [replace(view, observed=observed[row][held.valid[row]].view_as(view.place))]
+                observed[row][held.valid[row]] += self.policy.observe(view).flatten().to(observed.device)
+                so_far = observed[row][held.valid[row]].view(view.place.shape)
+                views = [replace(view, observed=so_far.to(view.key.device))]
             rows.append(views)
             kept.append(self._choose(views, int(capacity[row]) if due else held.valid.shape[2]))
         held = replace(held, capacity=capacity, observed=observed)
@@ -289,13 +290,13 @@ class KVStage:
             counts = torch.tensor([len(heads[0]) for heads in kept], device=held.seen.device)
             run.dropped = held.valid[:, 0].sum(dim=1) - counts
         columns = [
-            [valid.nonzero()[:, 0][indices] for valid, indices in zip(row, heads, strict=True)]
+            [valid.nonzero()[:, 0][indices.to(valid.device)] for valid, indices in zip(row, heads, strict=True)]
             for row, heads in zip(held.valid, kept, strict=True)
         ]
         index = _aligned(columns, left)
         key = (held.filled, left, *(len(indices) for heads in kept for indices in heads))
         if key not in run.filled:
-            valid = _aligned([[indices.new_ones(len(indices)) for indices in heads] for heads in kept], left)
+            valid = _aligned([[column.new_ones(len(column)) for column in heads] for heads in columns], left)
             run.filled[key] = replace(held.filled, valid=valid.bool())
         keys: list[list[Tensor]] = []
         values: list[list[Tensor]] = []
@@ -338,10 +339,11 @@ class KVStage:
             return None if heads_of is None else heads_of.unflatten(0, (heads, -1))[part].flatten(0, 1)
 
         def entries(held_of: Tensor, part: slice) -> Tensor:
-            if held.filled.whole[row]:
-                return held_of[row][part]
-            here = held.valid[row][part]
-            return held_of[row][part][here].unflatten(0, (len(here), -1))
+            of_row = held_of[row][part]
+            if not held.filled.whole[row]:
+                here = held.valid[row][part].to(of_row.device)
+                of_row = of_row[here].unflatten(0, (len(here), -1))
+            return of_row.to(stored.keys.device)
 
         return [
             KVRow(
@@ -356,7 +358,7 @@ class KVStage:
                 scaling=run.scaling,
                 query=share(query, part),
                 unrotated=share(unrotated, part),
-                masses=None if run.state.masses is None else run.state.masses[row],
+                masses=None if run.state.masses is None else run.state.masses[row].to(stored.keys.device),
                 ahead=None if run.ahead is None else run.ahead[layer][row],
                 rotation=partial(self._rotation, newest - held_or_seen + 1),
             )
@@ -372,11 +374,12 @@ class KVStage:
             asked = asked[-(int(held.valid[row, 0].sum()) - int(visual.max()) - 1) :]
         elif isinstance(self._needs.queries, int) and len(asked) > 1:
             asked = asked[len(asked) - min(self._needs.queries, len(asked)) :]
-        query = run.queries[row][:, asked]
+        query = run.queries[row][:, asked.to(run.queries.device)]
         if not self._needs.unrotated:
             return query, None
         assert run.rotary is not None
-        cosine, sine = (part.expand(len(run.current), -1, -1)[row, asked] for part in run.rotary)
+        rotary = (part.to(query.device).expand(len(run.current), -1, -1)[row] for part in run.rotary)
+        cosine, sine = (part[asked.to(query.device)] for part in rotary)
         return query, query * cosine - rotate_half(query) * sine
 
     def _rotation(self, ahead: int, place: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import typing
 
 import pytest
 import torch
+from hf.fake_devices import HERE, PretendedDevices, put_there
 from hf.families import FAMILIES
 from hf.oracle import Entering, prompts, reference_items, whole_prompts
 from torch import Tensor
@@ -416,6 +417,21 @@ def test_a_policy_without_a_cache_is_no_silent_nothing() -> None:
     model.generation_config.cache_implementation = "static"
     with pytest.raises(UnsupportedError, match="generation_config asks for"):
         mmcompress.wrap(model, kv=f"keydiff(keep={KEEP})")
+
+
+@pytest.mark.parametrize("spec", applied())
+def test_layers_on_two_devices(spec: str) -> None:
+    model = FAMILIES["llava"].build("sdpa")
+    inputs = FAMILIES["llava"].inputs(model, "mixed")
+    decoder: typing.Any = model.base_model.get_decoder()
+    with mmcompress.wrap(model, kv=spec):
+        expected = generate(model, inputs)
+        for module in (*decoder.layers[2:], decoder.norm, model.lm_head):
+            put_there(module)
+        model.lm_head.register_forward_hook(lambda module, args, output: output.to(HERE))
+        with PretendedDevices():
+            output = generate(model, inputs)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.slow
