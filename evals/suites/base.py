@@ -42,7 +42,8 @@ class Picture:
             InputError: it is missing, no readable picture, or larger than `MAX_BYTES` or `MAX_PIXELS`.
         """
         if self.path is not None and not self.path.is_file():
-            raise InputError(f"image {self.name} does not exist.")
+            problem = "cannot be read: it is no file" if self.path.exists() else "does not exist"
+            raise InputError(f"image {self.name} {problem}.")
         try:
             size = len(self.data) if self.data is not None else self._file.stat().st_size
             if size > MAX_BYTES:
