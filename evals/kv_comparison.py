@@ -152,7 +152,7 @@ def every_policy(keeps: Sequence[int | float], options: Mapping[str, Mapping[str
 
 def rows(results: Sequence[Result], scenes: Mapping[str, Sequence[int]]) -> list[list[str]]:
     """The cells of the table; `scenes` tells which questions belong together."""
-    random = {result.keep: result for result in results if result.policy == "random"}
+    random = {result.keep: result for result in results if _is_random(result)}
     full = results[0].kv_bytes
     cells = []
     for result in results:
@@ -162,7 +162,7 @@ def rows(results: Sequence[Result], scenes: Mapping[str, Sequence[int]]) -> list
             right = _right(result, place)
             accuracy = clustered_mean(right, clusters)
             row += [f"{100 * accuracy.value:.1f} ±{100 * accuracy.margin:.1f}", ""]
-            if result.keep in random and result.policy not in (None, "random"):
+            if result.keep in random and result.policy is not None and not _is_random(result):
                 against = paired_difference(right, _right(random[result.keep], place), clusters)
                 row[-1] = f"{100 * against.value:+.1f} ±{100 * against.error:.1f}"
         row += [
@@ -171,6 +171,10 @@ def rows(results: Sequence[Result], scenes: Mapping[str, Sequence[int]]) -> list
         ]
         cells.append([*row, f"{100 * result.kv_bytes / full:.0f}%", f"{100 * result.read:.0f}%"])
     return cells
+
+
+def _is_random(result: Result) -> bool:
+    return result.policy is not None and Spec.parse(result.policy).name == "random"
 
 
 def _right(result: Result, place: str) -> list[float]:

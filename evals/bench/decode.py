@@ -180,7 +180,7 @@ def main(given: Sequence[str] | None = None) -> None:
     add("shape", choices=tuple(SHAPES), metavar="shape", help=f"which model: {', '.join(SHAPES)}")
     add("--layers", type=int, help="cut the LLM to so many layers (all)")
     add("--kv", default=KV, help="policies, separated by commas (%(default)s)")
-    add("--lengths", type=numbers, default="640,2048", help="tokens of the prompt (%(default)s)")
+    add("--lengths", type=numbers, default="768,2048", help="tokens of the prompt (%(default)s)")
     add("--batch", type=numbers, default="1", help="rows (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model (%(default)s)")

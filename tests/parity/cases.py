@@ -85,7 +85,8 @@ def load(path: Path) -> Case:
     assert _sidecar(path).exists(), f"{path.name} has no sidecar"
     sidecar = json.loads(path.read_text(encoding="utf-8"))
     own = load_file(path.with_suffix(".safetensors")) if path.with_suffix(".safetensors").exists() else {}
-    declared, shared = sidecar.get("tensors", {}), _shared_inputs(path, sidecar.get("inputs"))
+    named = None if NOT_BUILT in handler.unchecked else sidecar.get("inputs")
+    declared, shared = sidecar.get("tensors", {}), _shared_inputs(path, named)
     differing = (declared.keys() ^ own.keys()) - shared.keys()
     assert not differing, f"sidecar and file disagree on {sorted(differing)}"
     for name, tensor in own.items():

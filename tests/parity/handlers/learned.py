@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from parity.handlers.base import NOT_BUILT, Handler, Outputs
+from parity.handlers.base import Handler, Outputs, not_built
 from torch import Tensor, nn
 
 from mmcompress.projectors.m3 import M3
@@ -114,11 +114,6 @@ def tokenflex(case: Case) -> Outputs:
     module = TokenFLEX(config["grid"], config["vit_hidden"], config["llm_hidden"])
     _load(module, case)
     return {name: module(case.inputs["x"], int(name.removeprefix("out_"))) for name in case.expected}
-
-
-def not_built(what: str) -> Handler:
-    """Cases that no code here is to reproduce yet."""
-    return Handler(what, lambda case: {}, unchecked={NOT_BUILT: f"{what} is not built"})
 
 
 def _tokenpacker(case: Case) -> TokenPacker:
