@@ -104,7 +104,6 @@ def test_mmmu_has_several_pictures_and_open_questions() -> None:
 
 @pytest.mark.parametrize("name", ["docvqa", "infovqa", "chartqa", "ocrbench"])
 def test_parquet_and_json_ask_alike(name: str) -> None:
-    pytest.importorskip("pyarrow")
     listed = {asked.prompt: asked.answers for asked in read(name)}
     for asked in read(name, DATA / "parquet"):
         assert set(asked.answers) <= set(listed[asked.prompt])
