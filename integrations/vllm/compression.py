@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Compression:
     @classmethod
     def of(cls, hf_config: Any) -> Compression:
         """What was stored in a model's configuration when vLLM started."""
-        return cls.build(Settings.parse(hf_config.mmcompress), weightless(hf_config))
+        return _of(_Identity(hf_config))
 
     @classmethod
     def build(cls, settings: Settings, model: Any) -> Compression:
@@ -76,6 +77,25 @@ class Compression:
     def placeholders(self, layout: Layout, budget: int) -> int:
         """Tokens of an image in the prompt, of which `budget` are no separators."""
         return budget + (int(layout.separator.sum()) if self.method.newlines else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Identity:
+    """A configuration that equals nothing but itself, so that it can be looked up."""
+
+    config: Any
+
+    def __hash__(self) -> int:
+        return id(self.config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.config is self.config
+
+
+@lru_cache(maxsize=8)  # vLLM's server makes a processor for every request with an image
+def _of(identity: _Identity) -> Compression:
+    hf_config = identity.config
+    return Compression.build(Settings.parse(hf_config.mmcompress), weightless(hf_config))
 
 
 def origins(layout: Layout, anchor: Tensor, newlines: bool) -> Tensor:
