@@ -49,6 +49,15 @@ def qwen() -> Path:
     return model_path("micro-qwen2.5-vl")
 
 
+def test_processors_of_one_server_share_what_they_need() -> None:
+    """vLLM makes one for every request with an image."""
+    config = configured({"method": "hired", "keep": 0.2}).model_config
+    first, second = (MULTIMODAL_REGISTRY.create_processor(config) for _ in range(2))
+    assert first.compression is second.compression
+    other = MULTIMODAL_REGISTRY.create_processor(configured({"method": "hired", "keep": 0.3}).model_config)
+    assert other.compression is not first.compression
+
+
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
