@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from mmcompress.budget import Budget
+from mmcompress.errors import InputError, SpecError
 from mmcompress.integrations.hf.families import FAMILIES, Family, Layout
+from mmcompress.integrations.vllm.nested import Nested
 from mmcompress.integrations.vllm.settings import Settings
 from mmcompress.method import VisualMethod
+from mmcompress.projector_method import ProjectorMethod
 from mmcompress.registry import METHODS
 from mmcompress.types import EncoderFacts, Needs
 
@@ -54,11 +58,34 @@ class Compression:
 
     @classmethod
     def build(cls, settings: Settings, model: Any) -> Compression:
-        """What `settings` are on a `model` of transformers."""
+        """What `settings` are on a `model` of transformers.
+
+        Raises:
+            SpecError: a budget of the settings is none that the method can have.
+            UnsupportedError: the method cannot be had on this model.
+        """
         family = FAMILIES[model.config.model_type](model.base_model)
         encoder = family.facts()
-        method: VisualMethod = METHODS.build(settings.spec.name, settings.spec.options)
+        method: Any = METHODS.build(settings.spec.name, settings.spec.options)
+        if isinstance(method, ProjectorMethod):
+            method = Nested.on(family, method)
+            for budget in (settings.keep, *(settings.keep_range or ())):
+                method.require(budget)
         return cls(settings, family, method, encoder, method.needs(encoder))
+
+    def requested(self, options: Mapping[str, Any]) -> Budget:
+        """The budget of a request with these `mm_processor_kwargs`.
+
+        Raises:
+            InputError: it asks for one that is malformed, not allowed, or none that the method can have.
+        """
+        budget = self.settings.requested(options)
+        if isinstance(self.method, Nested):
+            try:
+                self.method.require(budget)
+            except SpecError as error:
+                raise InputError(str(error)) from error
+        return budget
 
     @property
     def reads_prompt(self) -> bool:

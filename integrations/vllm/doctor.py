@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -55,6 +56,7 @@ def outlook(name: str, wanted: Any) -> str:
     """
     from transformers import AutoConfig
 
+    from mmcompress.integrations.vllm.kv.plan import KVPlan
     from mmcompress.integrations.vllm.settings import Settings
     from mmcompress.integrations.vllm.start import check
 
@@ -63,6 +65,16 @@ def outlook(name: str, wanted: Any) -> str:
     except Exception as error:  # there are as many ways as there are broken folders
         raise UnsupportedError(f"cannot read the configuration of {name!r}: {' '.join(str(error).split())}") from error
     settings = Settings.parse(wanted)
-    check((hf_config.architectures or ["?"])[0], hf_config, settings)
-    kept = " and ".join(f"{settings.keep.tokens(tokens)} of {tokens}" for tokens in _EXAMPLES)
-    return f"{name}: {settings.spec} keeps {kept} tokens of an image"
+    compression = check((hf_config.architectures or ["?"])[0], hf_config, settings)
+    plan = KVPlan.of(settings.config)
+    done = []
+    if compression is not None:
+        done.append(f"{settings.spec} keeps {_of_examples(settings.keep.tokens)} tokens of an image")
+    if plan is not None:
+        verb = "reads" if plan.window is None else "leaves"
+        done.append(f"{settings.config.kv[0]} {verb} {_of_examples(plan.entries)} entries of the KV cache")
+    return f"{name}: {'; '.join(done)}"
+
+
+def _of_examples(kept: Callable[[int], int]) -> str:
+    return " and ".join(f"{kept(tokens)} of {tokens}" for tokens in _EXAMPLES)

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from mmcompress.integrations.vllm.architectures import ARCHITECTURES, PREFIX
+from mmcompress.integrations.vllm.kv.platform import offer_backend
 
 
 def register() -> None:
@@ -16,6 +17,7 @@ def register() -> None:
 
     for architecture, where in ARCHITECTURES.items():
         ModelRegistry.register_model(PREFIX + architecture, where)
+    offer_backend()
     verify = getattr(VllmConfig, "try_verify_and_update_config", None)
     if verify is None:  # an exception would end vLLM for everybody who has the package
         logging.getLogger("vllm.mmcompress").warning("mmcompress is not made for this vLLM and does nothing in it.")

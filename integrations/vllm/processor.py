@@ -33,7 +33,7 @@ class CompressedProcessor:
         unknown = [key for key in options if key.startswith("mmcompress") and key != KEEP]
         if unknown:
             raise InputError(f"unknown entry {unknown[0]!r} of mm_processor_kwargs. Did you mean {KEEP!r}?")
-        self.compression.settings.requested(options)
+        self.compression.requested(options)
         if self.compression.reads_prompt:
             visual = self.compression.family.token_ids.values()
             options[QUERY] = [token for token in inputs.prompt if token not in visual]
@@ -63,7 +63,7 @@ class CompressedProcessor:
         data = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))  # type: ignore[misc]
         images = mm_items.get_count("image", strict=False)
         if images:
-            budget = self.compression.settings.requested(hf_kwargs)
+            budget = self.compression.requested(hf_kwargs)
             layouts = self.compression.layouts(images, self.compression.call(data))
             kept = [budget.tokens(int((~layout.separator).sum())) for layout in layouts]
             data[COUNTS] = torch.tensor(

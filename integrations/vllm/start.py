@@ -11,6 +11,8 @@ from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.handle import wrap
 from mmcompress.integrations.vllm.architectures import ARCHITECTURES, PREFIX, VERSION
 from mmcompress.integrations.vllm.compression import Compression, weightless
+from mmcompress.integrations.vllm.kv import engine as kv_engine
+from mmcompress.integrations.vllm.kv.plan import KVPlan
 from mmcompress.integrations.vllm.settings import KEEP, Settings
 from mmcompress.method import VisualMethod
 from mmcompress.registry import METHODS, Stage
@@ -20,8 +22,6 @@ _ELSEWHERE: dict[Stage, str] = {
     "that acts before the LLM, such as divprune, or use transformers",
     "encoder": "removes tokens between the layers of the vision encoder, but vLLM's encoders take whole images; take a "
     "method that acts behind the encoder, such as visionzip, or use transformers",
-    "projector": "pools tiles before they are stitched, which vLLM does at once; take a method that acts behind that, "
-    "such as visionzip, or use transformers",
 }
 
 
@@ -33,28 +33,42 @@ def start(vllm_config: Any, wanted: Any) -> None:
         UnsupportedError: this model, engine or release of vLLM cannot carry it out.
     """
     from vllm.logger import init_logger
-    from vllm.multimodal import MULTIMODAL_REGISTRY
 
     _require_version()
     settings = Settings.parse(wanted)
-    model_config = vllm_config.model_config
+    model_config, log = vllm_config.model_config, init_logger("vllm.mmcompress")
     compression = check(model_config.architecture, model_config.hf_config, settings)
-    for obstacle in _obstacles(vllm_config, compression):
+    obstacles = [] if compression is None else list(_obstacles(vllm_config, compression))
+    plan = KVPlan.of(settings.config)
+    if plan is not None:
+        obstacles += kv_engine.obstacles(vllm_config, plan)
+    for obstacle in obstacles:
         raise UnsupportedError(f"mmcompress: {obstacle}.")
+    done = [] if compression is None else [_compress(model_config, compression)]
+    if plan is not None:
+        kv_engine.apply(vllm_config)
+        done.append(f"KV policy {settings.config.kv[0]}")
+    log.info("mmcompress: %s.", "; ".join(done))
+    warning = kv_engine.unmeasured(vllm_config)
+    if warning is not None:
+        log.warning("mmcompress: %s", warning)
+
+
+def _compress(model_config: Any, compression: Compression) -> str:
+    """Have the compressed model loaded; what comes of it, in words."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    settings = compression.settings
     model_config.hf_config.mmcompress = settings.to_dict()
     model_config.hf_config.architectures = [PREFIX + model_config.architecture]
     tokens = _most_tokens(MULTIMODAL_REGISTRY.get_processing_info(model_config), compression)
-    init_logger("vllm.mmcompress").info(
-        "mmcompress: %s, %d of %d tokens of the largest image enter the LLM%s.",
-        settings.spec,
-        settings.keep.tokens(tokens),
-        tokens,
-        "" if settings.keep_range is None else "; requests may keep {} to {}".format(*settings.keep_range),
-    )
+    of_requests = "" if settings.keep_range is None else "; requests may keep {} to {}".format(*settings.keep_range)
+    kept = settings.keep.tokens(tokens)
+    return f"{settings.spec}, {kept} of {tokens} tokens of the largest image enter the LLM{of_requests}"
 
 
-def check(architecture: str, hf_config: Any, settings: Settings) -> Compression:
-    """The compression of a model, if it is possible.
+def check(architecture: str, hf_config: Any, settings: Settings) -> Compression | None:
+    """The compression of a model, if what is asked for is possible; None if that is a KV policy alone.
 
     Raises:
         SpecError: what is asked for is malformed.
@@ -65,9 +79,13 @@ def check(architecture: str, hf_config: Any, settings: Settings) -> Compression:
     return check_model(weightless(hf_config), settings)
 
 
-def check_model(model: Any, settings: Settings) -> Compression:
-    """The compression of a supported model of transformers, whose weights do not matter; raises as `check` does."""
+def check_model(model: Any, settings: Settings) -> Compression | None:
+    """Likewise of a supported model of transformers, whose weights do not matter; raises as `check` does."""
+    KVPlan.of(settings.config)
     _require_before_llm(settings)
+    if not settings.config.methods:
+        wrap(model, settings.config).unwrap()
+        return None
     compression = Compression.build(settings, model)
     if compression.needs.draft is not None:
         raise UnsupportedError(
@@ -95,11 +113,6 @@ def _require_version() -> None:
 
 
 def _require_before_llm(settings: Settings) -> None:
-    if settings.config.kv:
-        raise UnsupportedError(
-            f"KV policy {settings.config.kv[0].name} cannot be applied in vLLM; its own --kv-cache-dtype fp8 goes "
-            "along with visual compression."
-        )
     methods = [METHODS.build(spec.name, spec.options) for spec in settings.config.methods]
     for method in methods:
         name = method.info.name
@@ -109,8 +122,10 @@ def _require_before_llm(settings: Settings) -> None:
             raise UnsupportedError(
                 f"{name} goes on to remove tokens inside the LLM, which vLLM cannot; give {name}(parts=first)."
             )
-    if not methods:
-        raise SpecError(f'give a "method". Available: {", ".join(METHODS.names())}.')
+    if not methods and not settings.config.kv:
+        raise SpecError(f'give a "method" or a "kv" policy. Available methods: {", ".join(METHODS.names())}.')
+    if not methods and settings.keep_range is not None:
+        raise SpecError("keep_range goes with a method, of whose budget it speaks.")
 
 
 def _require_known_count(compression: Compression) -> None:

@@ -39,13 +39,18 @@ def engine(folder: Path, **settings: Any) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
-def ask(llm: LLM, processor: ProcessorMixin, prompts: Sequence[Prompt], ignore_eos: bool) -> list[Reply]:
-    """Greedy replies to `prompts`, which are in the engine at the same time."""
+def ask(
+    llm: LLM, processor: ProcessorMixin, prompts: Sequence[Prompt], ignore_eos: bool, **options: Any
+) -> list[Reply]:
+    """Greedy replies to `prompts`, which are in the engine at the same time; `options` are the image processor's."""
     requests: list[dict[str, Any]] = []
     for prompt in prompts:
-        pictures = {"multi_modal_data": {"image": list(prompt.pictures)}} if prompt.pictures else {}
+        pictures = {"multi_modal_data": {"image": list(prompt.pictures)}, "mm_processor_kwargs": options}
         requests.append(
-            {"prompt": processor.apply_chat_template(prompt.chat(), add_generation_prompt=True), **pictures}
+            {
+                "prompt": processor.apply_chat_template(prompt.chat(), add_generation_prompt=True),
+                **(pictures if prompt.pictures else {}),
+            }
         )
     return list(map(_reply, llm.generate(requests, _greedy(prompts, ignore_eos), use_tqdm=False)))
 

@@ -76,7 +76,7 @@ def test_processors_of_one_server_share_what_they_need() -> None:
         ({"method": "pool", "keep": 0.2}, "vLLM must know their number"),
         ({"method": ["hired(keep=0.2)", "fastv(keep=0.5)"]}, "removes tokens inside the LLM"),
         ({"method": ["hired(keep=0.2)", "random(keep=0.5)"]}, "both decide what enters the LLM"),
-        ({"method": "hired", "keep": 0.2, "kv": "snapkv(keep=64)"}, "KV policy snapkv cannot be applied in vLLM"),
+        ({"method": "hired", "keep": 0.2, "kv": "snapkv(keep=64)"}, "KV policy snapkv lets layers or heads hold"),
         ({"method": "hired", "keep": 0.2, "positions": "original"}, "positions=original cannot be had"),
         ({"method": "hired", "keep": 0.2, "keep_range": 0.5}, "keep_range=0.5 must be"),
         ({"method": "hired", "keep": 0.2, "keep_range": [0.5, 0.1]}, "must ascend"),
