@@ -25,7 +25,20 @@ from mmcompress.registry import METHODS, POLICIES
 
 PICTURE = MICROVQA_PATH / "images" / "000.png"
 QUESTION = "what color is the star ?"
-COMMANDS = ("list", "info", "demo", "eval", "calibrate", "suites", "report", "run", "show", "doctor")
+COMMANDS = (
+    "list",
+    "info",
+    "demo",
+    "eval",
+    "calibrate",
+    "bench",
+    "bench-serve",
+    "suites",
+    "report",
+    "run",
+    "show",
+    "doctor",
+)
 
 
 def invoke(*arguments: object) -> Result:
@@ -170,7 +183,7 @@ def test_doctor_finds_nothing() -> None:
 def test_doctor_names_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "5.0.0" if name == "transformers" else version(name))
-    monkeypatch.setattr(cli, "_attention", lambda: 1 / 0)
+    monkeypatch.setattr(cli.doctor, "_attention", lambda: 1 / 0)
     result = invoke("doctor")
     assert result.exit_code == 1
     assert "transformers 5.0.0: >=5.17 is required" in result.stderr

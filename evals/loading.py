@@ -1,0 +1,35 @@
+"""Loading what is evaluated: embedded models by name, others by folder or hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from mmcompress.errors import UnsupportedError
+from mmcompress.evals.demo import load_micro
+from mmcompress.evals.micro import MODELS
+from mmcompress.integrations.hf.families import FAMILIES
+
+
+def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """A supported model and its processor, on `device` or else on the GPU if there is one.
+
+    Raises:
+        UnsupportedError: it cannot be loaded, or its family is not supported.
+    """
+    if name in MODELS:
+        return load_micro(name)
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UnsupportedError(f"model folder {name} does not exist.")
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind in FAMILIES:
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
+            processor = AutoProcessor.from_pretrained(name)
+            return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+    except Exception as error:  # there are as many ways as there are broken folders
+        raise UnsupportedError(f"cannot load model {name!r}: {' '.join(str(error).split())}") from error
+    raise UnsupportedError(f"model {name!r} is of type {kind!r}; supported families: {', '.join(sorted(FAMILIES))}.")
