@@ -20,6 +20,7 @@ from mmcompress.types import Positions
 
 Schedule = Literal["prefill", "step"]
 Scope = Literal["all", "visual", "text"]
+Join = Literal["mean", "sum", "max"]
 Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -106,12 +107,18 @@ class KVRow:
         assert self.query is not None
         return torch.arange(self.entries - self.query.shape[1], self.entries, device=self.key.device)
 
-    def rows(self, last: int | None = None) -> Tensor:
-        """Causal softmax rows of `query`, the `last` ones or all, float32 `[kv_heads, group, rows, entries]`."""
+    def rows(self, heads: Join | None = None, rows: Join | None = None, last: int | None = None) -> Tensor:
+        """Causal softmax rows of `query`, float32 `[heads, rows, entries]`; over what is joined they are one.
+
+        Args:
+            heads: how heads are joined; not if it is None.
+            rows: likewise rows, behind heads.
+            last: only so many of the last rows; all if it is None.
+        """
         assert self.query is not None
         first = 0 if last is None else max(0, self.query.shape[1] - last)
-        query = self.query[None, :, first:]
-        return self.grouped(ops.attention_rows(query, self.key[None], self.scaling, self.last_seen[first:])[0])
+        query, last_seen = self.query[None, :, first:], self.last_seen[first:]
+        return ops.attention_rows(query, self.key[None], self.scaling, last_seen, heads=heads, rows=rows)[0]
 
     def column_sums(self) -> Tensor:
         """How much `query` attends to each entry, float32 `[kv_heads, group, entries]`; its rows never exist."""
@@ -177,6 +184,18 @@ class Evictor(KVPolicy):
         """Whether what stays keeps its positions; if not, the coming token's is the number of entries held."""
         return "original"
 
+    def capacity(self, keep: Budget, entries: int, scoped: int) -> int:
+        """How many entries per head a row may hold; those out of scope stay on top of the budget.
+
+        Args:
+            keep: what stays of those in scope.
+            entries: of the prompt.
+            scoped: how many of them are in scope.
+        """
+        budget = keep.keep
+        stay = budget if isinstance(budget, int) else max(keep.tokens(scoped), min(scoped, self.least))
+        return entries - scoped + stay
+
     def mass(self, row: KVRow) -> Tensor:
         """What this layer's budget is in proportion to, one number, for policies that compare layers."""
         raise NotImplementedError
@@ -232,6 +251,8 @@ class Evictor(KVPolicy):
         stays = self.protected(row, keep)
         if self.scope != "all":
             stays = stays | (row.visual != (self.scope == "visual"))
+        if self.scope == "all" and self.least <= budget:
+            return stays  # as many as that at most; to count them the host would wait for the device
         needed = int(stays.sum(dim=1).max())
         if needed > budget:
             raise SpecError(
@@ -297,7 +318,10 @@ class Packed:
     @classmethod
     def stack(cls, blocks: Sequence[Packed]) -> Packed:
         """Blocks of a layer whose parts are of equal sizes, as rows of one."""
-        parts = tuple(torch.stack(part) for part in zip(*(block.parts for block in blocks), strict=True))
+        if len(blocks) == 1:
+            parts = tuple(part[None] for part in blocks[0].parts)
+        else:
+            parts = tuple(torch.stack(part) for part in zip(*(block.parts for block in blocks), strict=True))
         return replace(blocks[0], parts=parts, shape=(len(blocks), *blocks[0].shape))
 
     def followed_by(self, later: Packed) -> Packed:
@@ -331,6 +355,11 @@ class Quantiser(KVPolicy):
                 tokens = next(count for count in (due(2**power, True) for power in count_up()) if count)
                 states = torch.zeros(kv_heads, tokens, head_dim)
                 pack(Block(states, layer, states[..., 0]))
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits of a code where what is packed is what `ops.kv_quant` makes, which attention reads as it is."""
+        return None
 
     @property
     def rotated(self) -> bool:

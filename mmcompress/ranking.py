@@ -11,9 +11,9 @@ from mmcompress.budget import largest_remainder
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest of `scores` `[tokens]`, ascending."""
+    """Indices of the `count` highest of `scores` `[..., tokens]`, ascending."""
     ranked = torch.argsort(scores, descending=True, stable=True)
-    return ranked[:count].sort().values
+    return ranked[..., :count].sort().values
 
 
 def tile_shares(tiles: Tensor, budget: int) -> Iterator[tuple[Tensor, int]]:
@@ -23,9 +23,11 @@ def tile_shares(tiles: Tensor, budget: int) -> Iterator[tuple[Tensor, int]]:
         tiles: `[tokens]`, the tile of each token.
         budget: tokens to keep in all.
     """
-    for tile, share in enumerate(largest_remainder(budget, torch.bincount(tiles).tolist())):
+    sizes = torch.bincount(tiles).tolist()
+    members = tiles.argsort(stable=True).split(sizes)
+    for here, share in zip(members, largest_remainder(budget, sizes), strict=True):
         if share:
-            yield torch.nonzero(tiles == tile).flatten(), share
+            yield here, share
 
 
 def choose_per_tile(tiles: Tensor, budget: int, choose: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mmcompress import ops
 from mmcompress.kv_policy import KVPolicy
 from mmcompress.llm_method import LLMFacts
 
@@ -116,16 +117,32 @@ class Reading:
             value: likewise.
             scaling: factor on the logits.
         """
-        groups = query.unflatten(1, (self.columns.shape[1], -1))
-        read = (self._gather(key), self._gather(value))
-        output = scaled_dot_product_attention(groups, *read, attn_mask=self.valid[:, :, None], scale=scaling)
-        return output.flatten(1, 2)
+        entries = self.columns.masked_fill(~self.valid, -1)
+        copies = self.columns.shape[1] // key.shape[1]
+        heads = query.unflatten(1, (self.columns.shape[1], -1))
+        # Query heads that choose for themselves share keys: those that are the n-th of each KV head read together.
+        outputs = [
+            ops.attention_decode_sparse(
+                heads[:, copy::copies].flatten(1, 2)[:, :, None], key, value, entries[:, copy::copies], 1, scaling
+            )
+            for copy in range(copies)
+        ]
+        return torch.stack(outputs, dim=2).view(query.shape)
 
-    def _gather(self, states: Tensor) -> Tensor:
-        """`[batch, kv_heads, columns, dim]` at `columns`, `[batch, heads, read, dim]`."""
-        copies = self.columns.shape[1] // states.shape[1]
-        shared = states[:, :, None].expand(-1, -1, copies, -1, -1).flatten(1, 2)
-        return shared.gather(2, self.columns[..., None].expand(-1, -1, -1, states.shape[-1]))
+
+def attend(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scaling: float) -> Tensor:
+    """Attention of one token to entries that were gathered for it `[batch, heads, dim]`.
+
+    Args:
+        query: `[batch, heads, dim]`.
+        key: `[batch, heads, read, dim]`, for each KV head, or for each query head.
+        value: likewise.
+        valid: `[batch, heads, read]` bool, which of them are read; of one head if of all the same.
+        scaling: factor on the logits.
+    """
+    groups = query.unflatten(1, (key.shape[1], -1))
+    output = scaled_dot_product_attention(groups, key, value, attn_mask=valid[:, :, None], scale=scaling)
+    return output.flatten(1, 2)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,14 @@ def codes(dim: int, dtype: torch.dtype, bits: int = 4, group: int = 32, recent: 
     return "attention_decode_quant", (query, *packed, bits, bits, dim**-0.5, *behind, padding)
 
 
+def some_codes(dtype: torch.dtype, batch: int, kv_heads: int) -> Call:
+    """The first tokens of longer caches, keys with ranges of several tokens and values with ranges of channels."""
+    key, value = (randn(batch, kv_heads, 96, 64, seed=seed, dtype=dtype) for seed in (1, 2))
+    keys = [part[:, :, : 64 * part.shape[2] // 96] for part in kv_quant(key, 2, 32, -2)]
+    values = [part[:, :, :64] for part in kv_quant(value, 2, 32, -1)]
+    return "attention_decode_quant", (randn(batch, 2 * kv_heads, 1, 64, dtype=dtype), keys, values, 2, 2, 0.1)
+
+
 def compact(dtype: torch.dtype, *tail: int) -> Call:
     tensor = (9 * randn(3, 7, *tail)).to(dtype)
     return "compact", (tensor, torch.tensor([[-1, -1, 0, 6], [-1, 1, 2, 3], [0, 2, 4, 5]]))
@@ -159,6 +167,9 @@ BY_DTYPE: dict[str, Callable[[torch.dtype], Call]] = {
     "pages of padded rows": lambda dtype: pages(20, dtype, first=True),
     "2 bits per token": lambda dtype: codes(64, dtype, bits=2, group=64),
     "8 bits and recent entries": lambda dtype: codes(24, dtype, bits=8, group=64, recent=3),
+    "codes of some tokens": lambda dtype: some_codes(dtype, 2, 3),
+    "codes of one head": lambda dtype: some_codes(dtype, 2, 1),
+    "codes of one row": lambda dtype: some_codes(dtype, 1, 2),
     "match": match,
     "merge": merge,
     "quant per channel": lambda dtype: quant(dtype, 4, 14, 24, 7, -2),

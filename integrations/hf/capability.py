@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from mmcompress.budget import Budget
 from mmcompress.errors import MMCompressError
 from mmcompress.integrations.hf.families import FAMILIES
 from mmcompress.integrations.hf.handle import wrap
 from mmcompress.llm_method import LLMNeeds
-from mmcompress.registry import METHODS
+from mmcompress.registry import METHODS, POLICIES
 from mmcompress.spec import Spec
 from mmcompress.types import Needs
 
@@ -54,6 +55,21 @@ def capability(model: Any, spec: Spec) -> Capability:
             return Capability(spec, handle.needs, llm_needs=inside)
     except MMCompressError as error:
         return Capability(spec, None, str(error))
+
+
+def policy_capability(model: Any, name: str) -> Capability:
+    """What comes of a KV policy with its defaults on `model`."""
+    try:
+        with wrap(model, kv=policy_spec(name)):
+            return Capability(Spec(name), Needs())
+    except MMCompressError as error:
+        return Capability(Spec(name), None, str(error))
+
+
+def policy_spec(name: str) -> Spec:
+    """A KV policy with its defaults, and half of the entries as its budget where it has one."""
+    card: Any = POLICIES.get(name)
+    return Spec(name, Budget(0.5) if card.info.takes_keep else None)
 
 
 def matrix(names: list[str]) -> dict[str, dict[str, Capability]]:

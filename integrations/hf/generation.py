@@ -22,6 +22,11 @@ class _Local(threading.local):
         self.prompt: int | None = None
 
 
+def cache_asked(model: Any) -> str:
+    """The kind of cache that the model's generation_config asks for; "dynamic" if it asks for none."""
+    return getattr(getattr(model, "generation_config", None), "cache_implementation", None) or "dynamic"
+
+
 class Generation:
     """Watches a model's `generate`.
 
@@ -89,4 +94,4 @@ class Generation:
             )
 
 
-__all__ = ["FEATURE_INPUTS", "Generation"]
+__all__ = ["FEATURE_INPUTS", "Generation", "cache_asked"]

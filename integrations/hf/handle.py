@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -26,24 +26,17 @@ from mmcompress.integrations.hf.llm_stage import LLMStage, llm_facts, require_in
 from mmcompress.integrations.hf.projector_stage import pooling
 from mmcompress.integrations.hf.quant_stage import QuantStage, require_quantised
 from mmcompress.integrations.hf.sparse_stage import SparseStage, require_sparse
-from mmcompress.kv_policy import Evictor, KVPolicy, Quantiser
+from mmcompress.integrations.hf.stages import Method, Stages, configure, require_budget
+from mmcompress.kv_policy import Evictor
 from mmcompress.llm_method import LLMFacts, LLMMethod
 from mmcompress.method import VisualMethod
 from mmcompress.projector_method import ProjectorMethod
-from mmcompress.registry import METHODS, POLICIES, Stage
 from mmcompress.sparse_reader import SparseReader
-from mmcompress.spec import CompressionConfig, Spec, SpecLike
+from mmcompress.spec import CompressionConfig, SpecLike
 from mmcompress.types import EncoderFacts, Needs, Positions, Trace
 
 _MARK = "_mmcompress_handle"
-_BASES: dict[Stage, type] = {
-    "encoder": EncoderMethod,
-    "projector": ProjectorMethod,
-    "pre_llm": VisualMethod,
-    "in_llm": LLMMethod,
-}
 _MANY = 1_000_000  # tokens, so that rounding does not matter
-Method = VisualMethod | EncoderMethod | ProjectorMethod | LLMMethod
 
 
 class Handle:
@@ -62,7 +55,7 @@ class Handle:
     """
 
     def __init__(self, family: Family, config: CompressionConfig, model: Any) -> None:
-        stages = _stages(config)
+        stages = configure(config)
         self.method, self.llm_method, self.policy = stages.vision, stages.llm, stages.kv
         self.quantiser = stages.quantiser
         self.config = config
@@ -174,7 +167,7 @@ class Handle:
         stage = self._budgeted
         spec = CompressionConfig.create(self.config.methods[0].name, keep=keep, keep_avg=keep_avg).methods[0]
         method = cast(Method, self.method or self.llm_method)
-        _require_budget(spec, method)
+        require_budget(spec, method)
         wanted = cast(Budget, spec.keep)
         self._require_within_reach(wanted, method)
         before, stage.keep = stage.keep, wanted
@@ -288,81 +281,7 @@ def _family(model: Any) -> Family:
     return family
 
 
-@dataclass(frozen=True)
-class _Stages:
-    """The configured methods by where they act."""
-
-    vision: VisualMethod | EncoderMethod | ProjectorMethod | None = None
-    keep: Budget | None = None
-    llm: LLMMethod | None = None
-    llm_keep: Budget | None = None
-    kv: Evictor | SparseReader | None = None
-    kv_keep: Budget | None = None
-    quantiser: Quantiser | None = None
-
-
-def _method(spec: Spec) -> Method:
-    method: Any = METHODS.build(spec.name, spec.options)
-    stage = method.info.stage
-    if not isinstance(method, _BASES.get(stage, ())):
-        offered = ", ".join(f"{name!r} (a {base.__name__})" for name, base in _BASES.items())
-        raise UnsupportedError(f"{spec.name} acts in stage {stage!r}; this engine offers {offered}.")
-    return cast(Method, method)
-
-
-def _stages(config: CompressionConfig) -> _Stages:
-    if not config.methods and not config.kv:
-        raise SpecError(f"give a method or a KV policy. Available: {', '.join(METHODS.names())}.")
-    stages = _Stages()
-    for spec in config.methods:
-        method = _method(spec)
-        _require_option(method)
-        _require_budget(spec, method)
-        if isinstance(method, LLMMethod):
-            _require_one_inside(stages, method)
-            stages = replace(stages, llm=method, llm_keep=spec.keep)
-            continue
-        if stages.vision is not None:
-            raise SpecError(
-                f"{stages.vision.info.name} and {spec.name} both decide what enters the LLM; give one of them, and "
-                "beside it at most one method that acts inside the LLM."
-            )
-        if stages.llm is not None:
-            raise SpecError(f"{spec.name} acts before {stages.llm.info.name}: give it first.")
-        part = method.second_part if isinstance(method, VisualMethod) else None
-        stages = _Stages(method, spec.keep, part)
-    return _with_policies(stages, config)
-
-
-def _with_policies(stages: _Stages, config: CompressionConfig) -> _Stages:
-    policies = [(_policy(spec), spec.keep) for spec in config.kv]
-    names = [policy.info.name for policy, _ in policies]
-    if len(policies) == 2 and isinstance(policies[0][0], Quantiser) and isinstance(policies[1][0], Evictor):
-        raise SpecError(f"{names[1]} acts before {names[0]}: give it first.")
-    if len(policies) > 1 and [_kind(policy) for policy, _ in policies] != [Evictor, Quantiser]:
-        raise SpecError(
-            f"KV policies {' and '.join(names)} do not go together; what does is one that evicts and behind it one "
-            'that packs, as in ["snapkv(keep=512)", "kivi(bits=2)"].'
-        )
-    for policy, keep in policies:
-        if isinstance(policy, Quantiser):
-            stages = replace(stages, quantiser=policy)
-        else:
-            stages = replace(stages, kv=policy, kv_keep=keep)
-    renumbers = isinstance(stages.kv, Evictor) and stages.kv.positions == "renumber"
-    if renumbers and (stages.llm is not None or config.positions == "original"):
-        raise SpecError(
-            f"{names[0]} numbers what stays by its place in the cache, so every layer must hold the same: give no "
-            "method that acts inside the LLM, nor positions=original, beside it."
-        )
-    return stages
-
-
-def _kind(policy: KVPolicy) -> type[KVPolicy]:
-    return next(kind for kind in (Evictor, SparseReader, Quantiser) if isinstance(policy, kind))
-
-
-def _kv_stage(family: Family, stages: _Stages) -> KVStage | SparseStage | QuantStage | None:
+def _kv_stage(family: Family, stages: Stages) -> KVStage | SparseStage | QuantStage | None:
     policy, keep = stages.kv, stages.kv_keep or Budget(1.0)
     if isinstance(policy, SparseReader):
         return SparseStage(family, policy, keep)
@@ -380,32 +299,6 @@ def _draft(family: Family, needs: Needs, policy: Evictor | SparseReader | None) 
     return None if folder is None else Draft(folder, family, needs.draft)
 
 
-def _policy(spec: Spec) -> Evictor | SparseReader | Quantiser:
-    """The configured KV policy.
-
-    Raises:
-        SpecError: it is malformed, lacks its budget, or takes none.
-    """
-    policy: Any = POLICIES.build(spec.name, spec.options)
-    _require_option(policy)
-    if isinstance(policy, Quantiser):
-        if spec.keep is not None:
-            raise SpecError(f"{spec.name} takes no keep=: it holds all entries, in fewer bits.")
-    elif spec.keep is None or spec.keep.average:
-        raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a count of entries, as in keep=512.")
-    return cast(Evictor | SparseReader | Quantiser, policy)
-
-
-def _require_one_inside(stages: _Stages, method: LLMMethod) -> None:
-    if stages.llm is None:
-        return
-    name, first = method.info.name, stages.llm.info.name
-    if stages.vision is not None and isinstance(stages.vision, VisualMethod) and stages.vision.second_part is not None:
-        whole = stages.vision.info.name
-        raise SpecError(f"{whole} goes on inside the LLM, where {name} acts too; give {whole}(parts=first) beside it.")
-    raise SpecError(f"{name} and {first} both remove tokens inside the LLM; give one of them.")
-
-
 def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
     for statistic, layers in needs.layers().items():
         if statistic in encoder.missing:
@@ -415,21 +308,6 @@ def _require_supplied(name: str, needs: Needs, encoder: EncoderFacts) -> None:
             raise SpecError(
                 f"{name} reads encoder layer {outside[0]}, but the encoder has layers 0..{encoder.depth - 1}."
             )
-
-
-def _require_option(method: Method | KVPolicy) -> None:
-    name, lacking = method.info.name, method.info.lacking(method)
-    if lacking:
-        raise SpecError(f"{name} needs {lacking}; mmcompress info {name} says what to give.")
-
-
-def _require_budget(spec: Spec, method: Method) -> None:
-    if spec.keep is not None and spec.keep.average and not isinstance(method, LLMMethod):
-        raise SpecError(f"{spec.name} removes no tokens inside the LLM, so all its layers have as many: give keep=.")
-    if method.info.takes_keep and spec.keep is None:
-        raise SpecError(f"{spec.name} needs keep=: a fraction in (0, 1] or a token count, as in keep=0.25.")
-    if not method.info.takes_keep and spec.keep is not None:
-        raise SpecError(f"{spec.name} takes no keep=: its own rule says how many tokens are left.")
 
 
 def _require_encoder_stage(method: EncoderMethod, family: Family) -> None:

@@ -21,7 +21,8 @@ from mmcompress.budget import Budget
 from mmcompress.errors import UnsupportedError
 from mmcompress.integrations.hf.cache import CacheState, Filled, Held, PrunedCache, head_mask, layer_mask
 from mmcompress.integrations.hf.families import Family
-from mmcompress.integrations.hf.llm_stage import Run
+from mmcompress.integrations.hf.generation import cache_asked
+from mmcompress.integrations.hf.llm_run import Run
 from mmcompress.integrations.hf.taps import tap
 from mmcompress.kv_policy import Ahead, Evictor, KVRow
 
@@ -121,8 +122,7 @@ def require_kv(family: Family, model: Any, policy: Evictor, keep: Budget) -> Non
             f"KV policy {name} numbers what stays by its place in the cache, but the positions of "
             f"{type(family.base).__name__} have three rows (M-RoPE) and no such place; give compat=none."
         )
-    asked = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
-    if asked is not None and "static" in asked:
+    if "static" in (asked := cache_asked(model)):
         raise UnsupportedError(
             f"KV policy {name} changes how much a cache holds, but the model's generation_config asks for "
             f"cache_implementation={asked!r}; set that to None."
@@ -316,15 +316,9 @@ class KVStage:
         )
 
     def _capacity(self, visual: Tensor) -> int:
-        """How many entries per head a row may hold; those out of scope stay on top of the budget."""
         entries = visual.shape[1]
         scoped = entries if self.policy.scope == "all" else int((visual[0] == (self.policy.scope == "visual")).sum())
-        budget = self.keep.keep
-        return (
-            entries
-            - scoped
-            + (budget if isinstance(budget, int) else max(self.keep.tokens(scoped), min(scoped, self.policy.least)))
-        )
+        return self.policy.capacity(self.keep, entries, scoped)
 
     def _views(self, run: KVRun, layer: int, held: Held, row: int, asked: Asked) -> list[KVRow]:
         """The entries of a row; where its KV heads hold different numbers of them, head by head."""

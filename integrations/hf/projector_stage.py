@@ -38,6 +38,14 @@ def pooling(family: Family, method: ProjectorMethod) -> M3:
     return method.projector(side, trained, config.image_grid_pinpoints, config.vision_config.image_size)
 
 
+def windows(pooling: M3, scale: int, device: torch.device) -> Selection:
+    """The pooled tokens of one tile: each at the centre of the window of tokens that it is the mean of."""
+    side, kernel = pooling.side, pooling.kernel(scale)
+    centres = torch.arange(side // kernel, device=device) * kernel + kernel // 2
+    weight = pooling(torch.eye(side * side, device=device)[None], scale)[0]
+    return Selection((centres[:, None] * side + centres).flatten(), weight)
+
+
 class ProjectorStage:
     """The hook of the projector stage on one model; idle but for encoder calls within `encode`."""
 
@@ -107,10 +115,7 @@ class ProjectorStage:
         """
         if self._pooling.resolutions:
             return Selection((2 * torch.arange(count, device=device) + 1) * candidates // (2 * count))
-        side, kernel = self._pooling.side, self._pooling.kernel(self.scale)
-        centres = torch.arange(side // kernel, device=device) * kernel + kernel // 2
-        weight = self._pooling(torch.eye(candidates, device=device)[None], self.scale)[0]
-        return Selection((centres[:, None] * side + centres).flatten(), weight)
+        return windows(self._pooling, self.scale, device)
 
     @torch.compiler.disable
     def _collect(self, module: Any, args: Any, output: Tensor) -> None:

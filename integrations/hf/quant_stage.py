@@ -1,7 +1,8 @@
 """The quantising stage: hooks on decoder layers that pack what is due of a layer's cache once its attention has run.
 
-A prompt attends to keys and values in full; what comes later to what is read of those that were packed. An evicting
-policy may act before, on the first prompt: what is packed stays together.
+A prompt attends to keys and values in full; what comes later to what is read of those that were packed, single tokens
+to their codes where `ops` reads these. An evicting policy may act before, on the first prompt: what is packed stays
+together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from transformers.cache_utils import DynamicCache
 from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.cache import Held, PrunedDynamicLayer
 from mmcompress.integrations.hf.families import Family
+from mmcompress.integrations.hf.generation import cache_asked
 from mmcompress.integrations.hf.kv_stage import KVRun, KVStage
+from mmcompress.integrations.hf.llm_stage import eagerly
+from mmcompress.integrations.hf.packed_attention import attend, reads_codes
 from mmcompress.integrations.hf.quantised import Arrival, QuantisedLayer, quantise
 from mmcompress.integrations.hf.taps import tap
 from mmcompress.kv_policy import Evictor, KVPolicy, KVRow, Quantiser
@@ -44,8 +48,7 @@ def require_quantised(family: Family, model: Any, quantiser: Quantiser, evictor:
             f"KV policy {name} rotates keys when they are read, but the model's rotation (rope_type={rope!r}) changes "
             "with the length; choose a policy that packs keys as rotated."
         )
-    asked = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
-    if asked is not None and asked != "dynamic":
+    if (asked := cache_asked(model)) != "dynamic":
         raise UnsupportedError(
             f"KV policy {name} holds entries in few bits, but the model's generation_config asks for "
             f"cache_implementation={asked!r}; set that to None."
@@ -72,11 +75,20 @@ class _Pass:
         run: the pass of the text model.
         saliency: of each row, what the policy said of entries of the layer that is running, if it was asked.
         waiting: by layer that is to be packed behind the last one, what arrived there.
+        whole: by columns of a pass, which rows of them have no padding.
     """
 
     run: KVRun
     saliency: list[Tensor | None] = field(default_factory=list)
     waiting: dict[int, Arrival] = field(default_factory=dict)
+    whole: dict[Tensor, list[bool]] = field(default_factory=dict)
+
+    def whole_rows(self) -> list[bool]:
+        """Which rows of the columns at this depth have no padding."""
+        valid = self.run.columns()[0]  # held by the key, so that its identity is nobody else's
+        if valid not in self.whole:
+            self.whole[valid] = valid.all(dim=1).tolist()
+        return self.whole[valid]
 
 
 class _Local(threading.local):
@@ -100,14 +112,15 @@ class QuantStage:
         self._decoder: Any = family.base.get_decoder()
         self._local = _Local()
         needs, layers = quantiser.needs(), self._decoder.layers
+        self._collects = bool(needs.queries or needs.steps)
         self._hooks: list[Any] = [
             block.self_attn.register_forward_hook(partial(self._after_attention, layer))
             for layer, block in enumerate(layers)
         ]
         self._tapped: list[tuple[nn.Module, Any]] = []
-        if needs.queries or needs.steps:
+        if self._collects or quantiser.code_bits is not None:
             self._tapped = [
-                (block.self_attn, tap(block.self_attn, partial(self._collect, layer)))
+                (block.self_attn, tap(block.self_attn, partial(self._collect, layer), partial(self._attend, layer)))
                 for layer, block in enumerate(layers)
             ]
 
@@ -118,6 +131,7 @@ class QuantStage:
 
     def remove(self) -> None:
         """Take every hook off, and give every module its own config back."""
+        self.end()
         for hook in self._hooks:
             hook.remove()
         for attention, original in self._tapped:
@@ -136,6 +150,8 @@ class QuantStage:
         else:
             self._adopt(run)
             self._local.pass_ = _Pass(run)
+            for layer in _layers(run):
+                layer.reads_codes = run.current.shape[1] == 1 and reads_codes(layer.rows, self.quantiser)
         if self._evictor is not None:
             self._evictor.begin(run)
 
@@ -156,6 +172,9 @@ class QuantStage:
 
     def end(self) -> None:
         """Follow nothing any more."""
+        if self._local.pass_ is not None:
+            for layer in _layers(self._local.pass_.run):
+                layer.reads_codes = False
         self._local.pass_ = None
         if self._evictor is not None:
             self._evictor.end()
@@ -190,7 +209,9 @@ class QuantStage:
     @torch.no_grad()
     def _collect(self, layer: int, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
         following = self._local.pass_
-        if following is None or _layers(following.run)[layer].reading is None:  # nothing is stored where one probes
+        if not self._collects or following is None:
+            return
+        if _layers(following.run)[layer].reading is None:  # nothing is stored where one probes
             return
         run, stored = following.run, _layers(following.run)[layer]
         following.saliency = []
@@ -203,6 +224,14 @@ class QuantStage:
             asked = query[number][:, valid].detach()
             row = self._view(run, stored, number, valid, asked, kwargs["scaling"]) if due else None
             following.saliency.append(None if row is None else self.quantiser.saliency(row))
+
+    @eagerly
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        following = self._local.pass_
+        stored = None if following is None else _layers(following.run)[layer]
+        if stored is None or not stored.reads_codes:
+            return None
+        return attend(stored.rows, self.quantiser, query, key, value, kwargs["scaling"]).transpose(1, 2)
 
     def _view(
         self, run: KVRun, stored: QuantisedLayer, number: int, valid: Tensor, query: Tensor, scaling: float
@@ -236,7 +265,7 @@ class QuantStage:
         run, stored = following.run, _layers(following.run)[layer]
         valid = run.columns()[0]
         saliency = following.saliency or [None] * len(valid)
-        arrival = Arrival(valid, run.brings_prompt, self._ids(run, stored), saliency)
+        arrival = Arrival(valid, following.whole_rows(), run.brings_prompt, self._ids(run, stored), saliency)
         needs = None if self._evictor is None else self._evictor.policy.needs()
         if needs is not None and (needs.masses or needs.lookahead) and not stored.rows:
             following.waiting[layer] = arrival
@@ -270,6 +299,7 @@ def _left(arrival: Arrival, held: Held) -> Arrival:
     ids, saliency = arrival.ids, arrival.saliency
     return Arrival(
         valid=held.valid[:, 0],
+        whole=held.filled.whole,
         prompt=arrival.prompt,
         ids=ids and [of_row[..., 0, :][..., place] for of_row, place in zip(ids, places, strict=True)],
         saliency=[

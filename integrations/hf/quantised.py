@@ -112,12 +112,14 @@ class Arrival:
 
     Args:
         valid: `[batch, columns]` bool, which are no padding.
+        whole: which rows have none, known once for all layers, as the host waits to learn it.
         prompt: whether they bring a prompt, or a part of one.
         ids: by row, see `Row.ids`; None where they are not needed.
         saliency: by row `[kv_heads, tokens]`, of the tokens not packed yet and the new ones; None if nothing needs it.
     """
 
     valid: Tensor
+    whole: Sequence[bool]
     prompt: bool
     ids: Sequence[Tensor] | None
     saliency: Sequence[Tensor | None]
@@ -132,7 +134,9 @@ class QuantisedLayer(PrunedDynamicLayer):
         rotary: makes cosines and sines of positions.
         rows: what is held.
         valid: `[batch, columns]` bool, in which columns attention finds it.
-        reading: keys and values as attention sees them, from the time they are stored until they are settled.
+        reading: keys and values as attention sees them, from the time they are stored until they are settled; only new
+            ones where it reads codes.
+        reads_codes: whether attention reads `rows` for itself in this pass.
         generated: how many tokens came behind the prompt.
     """
 
@@ -142,6 +146,7 @@ class QuantisedLayer(PrunedDynamicLayer):
     rows: tuple[Row, ...] = ()
     valid: Tensor
     reading: tuple[Tensor, Tensor] | None = None
+    reads_codes = False
     generated = 0
 
     @property
@@ -170,13 +175,16 @@ class QuantisedLayer(PrunedDynamicLayer):
 
     def physical_length(self) -> int:
         """Columns that attention sees."""
-        if self.reading is not None:
-            return self.reading[0].shape[2]
-        return self.valid.shape[1] if self.rows else 0
+        stored = self.valid.shape[1] if self.rows else 0
+        if self.reading is None:
+            return stored
+        return self.reading[0].shape[2] + (stored if self.reads_codes else 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Put keys and values behind the others as they are; returns all of them."""
-        if self.rows or self.reading is not None:
+        """Put keys and values behind the others as they are; returns all that attention does not read in codes."""
+        if self.reads_codes:
+            self.reading = None
+        elif self.rows or self.reading is not None:
             keys, values = self._read()
             key_states = torch.cat([keys, key_states], dim=2)
             value_states = torch.cat([values, value_states], dim=2)
@@ -214,7 +222,9 @@ class QuantisedLayer(PrunedDynamicLayer):
         else:
             self.valid, rows = torch.cat([self.valid, valid], dim=1), list(self.rows)
         for number, (row, here) in enumerate(zip(rows, valid, strict=True)):
-            new_keys, new_values = (states[number, :, -len(here) :][:, here] for states in (keys, values))
+            new_keys, new_values = (states[number, :, -len(here) :] for states in (keys, values))
+            if not arrival.whole[number]:
+                new_keys, new_values = new_keys[:, here], new_values[:, here]
             ids = None if arrival.ids is None else arrival.ids[number]
             if row.ids is not None and ids is not None:
                 ids = torch.cat([row.ids, ids.expand(*row.ids.shape[:-1], -1)], dim=-1)

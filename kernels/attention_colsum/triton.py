@@ -10,18 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmcompress.kernels.dispatch.triton import multiply
-
-
-@triton.jit
-def _seen(row, column, rows, keys, last_key, first_key, HAS_LAST: tl.constexpr, HAS_FIRST: tl.constexpr):
-    """Which keys each row sees `[rows, keys]`; none behind the ends of both."""
-    seen = (row < rows)[:, None] & (column < keys)[None, :]
-    if HAS_LAST:
-        seen &= column[None, :] <= tl.load(last_key + row, row < rows, -1)[:, None]
-    if HAS_FIRST:
-        seen &= column[None, :] >= tl.load(first_key + row, row < rows, 0)[:, None]
-    return seen
+from mmcompress.kernels.dispatch.triton import keys_seen, multiply, vectors, vectors_across
 
 
 @triton.jit
@@ -55,8 +44,7 @@ def _lse(
     batch, head, dim = entry // heads, entry % heads, tl.arange(0, DIM)
     query += batch * query_batch + head * query_head
     key += batch * key_batch + head // group * key_head
-    inside = (dim < WIDTH)[None, :]
-    left = tl.load(query + row[:, None] * query_row + dim[None, :] * query_dim, (row < rows)[:, None] & inside, 0.0)
+    left = vectors(query + row * query_row, row < rows, dim, query_dim, WIDTH)
     first, end = 0, keys
     if HAS_LAST:
         end = tl.max(tl.load(last_key + row, row < rows, -1)).to(tl.int32) + 1
@@ -66,13 +54,9 @@ def _lse(
     mass = tl.zeros([ROWS], tl.float32)
     for start in range(first, end, KEYS):
         column = start + tl.arange(0, KEYS)
-        right = tl.load(
-            key + column[None, :] * key_row + dim[:, None] * key_dim,
-            (column < keys)[None, :] & (dim < WIDTH)[:, None],
-            0.0,
-        )
+        right = vectors_across(key + column * key_row, column < keys, dim, key_dim, WIDTH)
         logits = multiply(left, right, tl.zeros([ROWS, KEYS], tl.float32)) * scaling
-        seen = _seen(row, column, rows, keys, last_key, first_key, HAS_LAST, HAS_FIRST)
+        seen = keys_seen(row, row < rows, column, keys, last_key, first_key, HAS_LAST, HAS_FIRST)
         logits = tl.where(seen, logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, 1))
         origin = tl.where(larger == float("-inf"), 0.0, larger)
@@ -116,9 +100,7 @@ def _colsum(
     column = first + tl.arange(0, KEYS)
     query += batch * query_batch + head * query_head
     key += batch * key_batch + head // group * key_head
-    right = tl.load(
-        key + column[None, :] * key_row + dim[:, None] * key_dim, (column < keys)[None, :] & (dim < WIDTH)[:, None], 0.0
-    )
+    right = vectors_across(key + column * key_row, column < keys, dim, key_dim, WIDTH)
     total = tl.zeros([KEYS], tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -128,13 +110,9 @@ def _colsum(
         if HAS_FIRST:
             some = some & (tl.min(tl.load(first_key + row, row < rows, keys)) < first + KEYS)
         if some:
-            left = tl.load(
-                query + row[:, None] * query_row + dim[None, :] * query_dim,
-                (row < rows)[:, None] & (dim < WIDTH)[None, :],
-                0.0,
-            )
+            left = vectors(query + row * query_row, row < rows, dim, query_dim, WIDTH)
             logits = multiply(left, right, tl.zeros([ROWS, KEYS], tl.float32)) * scaling
-            seen = _seen(row, column, rows, keys, last_key, first_key, HAS_LAST, HAS_FIRST)
+            seen = keys_seen(row, row < rows, column, keys, last_key, first_key, HAS_LAST, HAS_FIRST)
             normaliser = tl.load(lse + entry * rows + row, row < rows, 0.0)
             attention = tl.where(seen, tl.exp(logits - normaliser[:, None]), 0.0)
             if WEIGHTED:

@@ -40,10 +40,9 @@ def attention_decode_sparse(
 
 def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scaling: float) -> Tensor:
     """Attention computed in float32; `hidden` `[batch, kv_heads, entries]` are not seen."""
-    group = query.shape[1] // key.shape[1]
-    key, value, hidden = (part.repeat_interleave(group, dim=1) for part in (key.float(), value.float(), hidden))
-    logits = query.float() @ key.transpose(-1, -2) * scaling
-    return (logits.masked_fill(hidden[:, :, None], -torch.inf).softmax(dim=-1) @ value).to(query.dtype)
+    heads = query[:, :, 0].unflatten(1, (key.shape[1], -1)).float()
+    logits = (heads @ key.float().mT * scaling).masked_fill(hidden[:, :, None], -torch.inf)
+    return (logits.softmax(dim=-1) @ value.float()).view(query.shape).to(query.dtype)
 
 
 def page_bounds(key: Tensor, page: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmcompress.kernels.dispatch.triton import multiply
+from mmcompress.kernels.dispatch.triton import multiply, vectors, vectors_across
 
 ENTRIES = 64
 PROGRAMS = 512
@@ -69,11 +69,7 @@ def _rows(
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dim, member = tl.arange(0, DIM), tl.arange(0, GROUP)
     head = kv_head * group + member
-    inside = (dim < WIDTH)[None, :]
-    query += batch * query_batch
-    rows = tl.load(
-        query + head[:, None] * query_head + dim[None, :] * query_dim, (member < group)[:, None] & inside, 0.0
-    )
+    rows = vectors(query + batch * query_batch + head * query_head, member < group, dim, query_dim, WIDTH)
     key += batch * key_batch + kv_head * key_head
     value += batch * value_batch + kv_head * value_head
     if HAS_PAGES:
@@ -89,12 +85,10 @@ def _rows(
             page = tl.load(pages + entry // PAGE, seen, -1).to(tl.int32)
             entry = tl.where(page < 0, -1, page * PAGE + entry % PAGE)
         seen &= (entry >= first) & (entry >= 0) & (entry < entries)
-        keys = tl.load(
-            key + entry[None, :] * key_row + dim[:, None] * key_dim, seen[None, :] & (dim < WIDTH)[:, None], 0.0
-        )
+        keys = vectors_across(key + entry * key_row, seen, dim, key_dim, WIDTH)
         logits = multiply(rows, keys, tl.zeros([GROUP, ENTRIES], tl.float32)) * scaling
         logits = tl.where(seen[None, :], logits, float("-inf"))
-        values = tl.load(value + entry[:, None] * value_row + dim[None, :] * value_dim, seen[:, None] & inside, 0.0)
+        values = vectors(value + entry * value_row, seen, dim, value_dim, WIDTH)
         largest, mass, total = absorb(largest, mass, total, logits, values)
     line = (batch * heads + head) * tl.num_programs(0) + split
     finish(largest, mass, total, out, lse, line, member < group, dim, WIDTH)

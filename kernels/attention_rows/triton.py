@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmcompress.kernels.dispatch.triton import multiply
+from mmcompress.kernels.dispatch.triton import keys_seen, multiply, vectors, vectors_across
 
 KEYS, DIM = 128, 64
 APART, ADDED, LARGEST = 0, 1, 2
@@ -55,14 +55,10 @@ def _logits(
     product = tl.zeros([ROWS, KEYS], tl.float32)
     for start in tl.static_range(0, WIDTH, DIM):
         dim = start + tl.arange(0, DIM)
-        left = tl.load(query[:, None] + dim[None, :] * query_dim, there[:, None] & (dim < WIDTH)[None, :], 0.0)
-        right = tl.load(key[None, :] + dim[:, None] * key_dim, (column < keys)[None, :] & (dim < WIDTH)[:, None], 0.0)
+        left = vectors(query, there, dim, query_dim, WIDTH)
+        right = vectors_across(key, column < keys, dim, key_dim, WIDTH)
         product = multiply(left, right, product)
-    seen = there[:, None] & (column < keys)[None, :]
-    if HAS_LAST:
-        seen &= column[None, :] <= tl.load(last_key + row, there, 0)[:, None]
-    if HAS_FIRST:
-        seen &= column[None, :] >= tl.load(first_key + row, there, 0)[:, None]
+    seen = keys_seen(row, there, column, keys, last_key, first_key, HAS_LAST, HAS_FIRST)
     product = tl.where(seen, product * scaling, float("-inf"))
     largest = tl.max(product, 1)
     mass = tl.sum(tl.exp(product - tl.where(largest == float("-inf"), 0.0, largest)[:, None]), 1)

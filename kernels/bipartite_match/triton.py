@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmcompress.kernels.dispatch.triton import multiply
+from mmcompress.kernels.dispatch.triton import multiply, vectors, vectors_across
 
 ROWS, OTHERS, DIM = 64, 64, 64
 WIDTH = 256
@@ -50,14 +50,8 @@ def _nearest(
         product = tl.zeros([ROWS, OTHERS], tl.float32)
         for first in range(0, width, DIM):
             dim = first + tl.arange(0, DIM)
-            one = tl.load(
-                left + row[:, None] * left_row + dim[None, :], (row < rows)[:, None] & (dim < width)[None, :], 0.0
-            )
-            two = tl.load(
-                right + other[None, :] * right_row + dim[:, None],
-                (other < others)[None, :] & (dim < width)[:, None],
-                0.0,
-            )
+            one = vectors(left + row * left_row, row < rows, dim, 1, width)
+            two = vectors_across(right + other * right_row, other < others, dim, 1, width)
             product = multiply(one, two, product)
         other_length = tl.load(right_norm + batch * others + other, other < others, 1.0)
         cosine = product / (length[:, None] * other_length[None, :])

@@ -12,7 +12,16 @@ from torch.nn.functional import normalize
 
 from mmcompress import ops
 from mmcompress.budget import left_by, require_ratios
-from mmcompress.encoder_method import EncoderMethod, LayerTokens, Reduction, Step, constant_ratio, left_at
+from mmcompress.compact import take
+from mmcompress.encoder_method import (
+    Attention,
+    EncoderMethod,
+    LayerTokens,
+    Reduction,
+    Step,
+    constant_ratio,
+    left_at,
+)
 from mmcompress.ranking import top_indices
 from mmcompress.registry import register
 from mmcompress.types import EncoderFacts, Needs
@@ -66,43 +75,42 @@ class ZeroTPrune(EncoderMethod):
         return [Step(left, first=(before - left) // 2) for before, left in pairwise([tokens, *lefts])]
 
     def reduce(self, tokens: LayerTokens, step: Step) -> Reduction:
-        """Every image by itself: its attention map is held once, not for the batch."""
-        assert tokens.attention is not None
-        query, key, scaling = tokens.attention
+        """Similarity among the less important half first, importance among what is left then."""
+        attention, protected = tokens.attention, tokens.protected
+        assert attention is not None
         position = 4 * tokens.layer // tokens.encoder.depth
         iterations = {0: 50, 3: 1}.get(position, 10)
-        kept = []
-        for image in range(len(query)):
-            graph = ops.attention_rows(query[image : image + 1], key[image : image + 1], scaling)[0]
-            unit = normalize(key[image].float().transpose(0, 1).flatten(1), dim=-1)
-            kept.append(self._prune(graph, unit, tokens.protected, iterations, step))
-        return Reduction.keep(torch.stack(kept), tokens.size)
+        similar = self._similar(attention, protected, step.first)
+        alive = torch.ones(tokens.size.shape, dtype=torch.bool, device=similar.device).scatter(1, similar, False)
+        places = alive.nonzero()[:, 1].view(len(alive), -1)
+        query, key = (take(part.transpose(1, 2), places).transpose(1, 2) for part in (attention.query, attention.key))
+        scores = self.importance(Attention(query, key, attention.scaling), iterations)
+        best = protected + top_indices(scores[:, protected:], step.left)
+        front = torch.arange(protected, device=best.device).expand(len(best), -1)
+        return Reduction.keep(places.gather(1, torch.cat([front, best], dim=1)), tokens.size)
 
-    def _prune(self, graph: Tensor, unit: Tensor, protected: int, iterations: int, step: Step) -> Tensor:
-        ranked = protected + self.importance(graph, 1)[protected:].argsort(descending=True, stable=True)
-        lesser, better = ranked[(len(ranked) + 1) // 2 :], ranked[: (len(ranked) + 1) // 2]
-        closeness = (unit[lesser] @ unit[better].T).amax(dim=1)
-        similar = lesser[closeness.argsort(descending=True, stable=True)[: step.first]]
-        alive = torch.ones(len(unit), dtype=torch.bool, device=unit.device).index_fill(0, similar, False)
-        alive_places = alive.nonzero()[:, 0]
-        graph = graph[:, alive_places][:, :, alive_places]
-        scores = self.importance(graph / graph.sum(dim=-1, keepdim=True), iterations)
-        best = protected + top_indices(scores[protected:], step.left)
-        return alive_places[torch.cat([torch.arange(protected, device=best.device), best])]
+    def _similar(self, attention: Attention, protected: int, count: int) -> Tensor:
+        """`[images, count]` tokens of the less important half that are closest to one of the other half."""
+        ranked = protected + self.importance(attention, 1)[:, protected:].argsort(dim=1, descending=True, stable=True)
+        better, lesser = ranked.tensor_split([(ranked.shape[1] + 1) // 2], dim=1)
+        unit = normalize(attention.key.float().transpose(1, 2).flatten(2), dim=-1)
+        closeness = (take(unit, lesser) @ take(unit, better).mT).amax(dim=2)
+        return lesser.gather(1, closeness.argsort(dim=1, descending=True, stable=True)[:, :count])
 
-    def importance(self, graph: Tensor, iterations: int) -> Tensor:
-        """Scores `[tokens]` by PageRank on attention maps `[heads, tokens, tokens]`."""
-        tokens = graph.shape[-1]
-        scores = torch.ones(len(graph), 1, tokens, device=graph.device)
+    def importance(self, attention: Attention, iterations: int) -> Tensor:
+        """Scores `[images, tokens]` by PageRank on the attention of each head."""
+        query, key, scaling = attention
+        lse = ops.attention_lse(query, key, scaling)
+        scores = torch.ones_like(lse)
         if self.start == "cls":
-            scores[..., 0] = tokens**0.5
+            scores[..., 0] = scores.shape[-1] ** 0.5
             scores = scores / scores.mean(dim=-1, keepdim=True)
         for _ in range(iterations):
-            scores = scores @ graph
-        spread = scores.var(dim=-1, correction=0)
+            scores = ops.weighted_colsum(query, key, scaling, None, lse, scores)
+        spread = scores.var(dim=-1, correction=0, keepdim=True)
         telling = (spread >= _QUIET) & (spread <= _LOUD)
-        heads = scores[telling[:, 0]] if bool(telling.any()) else scores
-        return heads[:, 0].square().mean(dim=0).sqrt()
+        telling = telling | ~telling.any(dim=1, keepdim=True)
+        return ((scores.square() * telling).sum(dim=1) / telling.sum(dim=1)).sqrt()
 
 
 def _layers(encoder: EncoderFacts) -> tuple[int, ...]:

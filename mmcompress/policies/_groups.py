@@ -49,6 +49,11 @@ class PerToken(Quantiser):
 
     bits: ClassVar[int]
 
+    @property
+    def code_bits(self) -> int:
+        """Those of keys and values."""
+        return self.bits
+
     def pack_keys(self, block: Block) -> Packed:
         """Codes and ranges."""
         return pack_groups(self.info.name, block, self.bits, block.states.shape[-1], PER_TOKEN)

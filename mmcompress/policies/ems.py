@@ -65,7 +65,7 @@ class EMS(Evictor):
         before = row.entries - self.window
         readers = row.seen - row.place[:, :before]
         overall = row.observed[:, :before] / readers
-        local = reduce_group(row.rows(self.window).mean(dim=2), "mean")[:, :before]
+        local = reduce_group(row.grouped(row.rows(rows="mean", last=self.window)), "mean")[:, :before]
         mean = local.mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return overall, local * overall.mean(dim=1, keepdim=True) / mean
 

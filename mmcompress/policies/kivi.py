@@ -42,6 +42,11 @@ class KIVI(Quantiser):
                 f"kivi: residual={self.residual} must be a multiple of group={self.group}, both at least 1."
             )
 
+    @property
+    def code_bits(self) -> int:
+        """Those of keys and values."""
+        return self.bits
+
     def keys_due(self, held: int, prompt: bool) -> int:
         """Whole blocks of `residual`, so that groups of tokens are complete."""
         return held - held % self.residual

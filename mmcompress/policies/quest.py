@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmcompress import ops
 from mmcompress.errors import SpecError
 from mmcompress.llm_method import LLMFacts
 from mmcompress.registry import register_policy
@@ -34,6 +35,18 @@ class Pages:
         """Only the rows numbered `rows`."""
         rows = rows.to(self.low.device)
         return replace(self, low=self.low[rows], high=self.high[rows])
+
+    def widen(self, key: Tensor, page: Tensor, valid: Tensor) -> None:
+        """Make the bounds hold for keys more.
+
+        Args:
+            key: `[batch, kv_heads, new, dim]`.
+            page: the page of each, to be broadcast to the keys.
+            valid: likewise bool, which of them are entries.
+        """
+        page = page.expand_as(key)
+        self.low.scatter_reduce_(2, page, key.masked_fill(~valid, torch.inf), "amin")
+        self.high.scatter_reduce_(2, page, key.masked_fill(~valid, -torch.inf), "amax")
 
 
 @register_policy(
@@ -72,16 +85,25 @@ class Quest(SparseReader):
 
     def summarise(self, before: Summary | None, key: Tensor, entries: Entries) -> Pages:
         """The bounds of all pages, those that were there widened by what is new."""
-        first, low, high = 0, key[:, :, :0], key[:, :, :0]
-        if isinstance(before, Pages) and before.size == self.page:
-            first, low, high = before.columns, before.low, before.high
+        if not isinstance(before, Pages) or before.size != self.page:
+            return self._summary(key, entries)
+        first, low, high = before.columns, before.low, before.high
         more = -(-max(entries.held) // self.page) - low.shape[2]
         if more > 0:
             low, high = pad(low, (0, 0, 0, more), value=torch.inf), pad(high, (0, 0, 0, more), value=-torch.inf)
-        new, valid = key[:, :, first:], entries.valid[:, None, first:, None]
-        at = (entries.number[:, None, first:, None] // self.page).clamp(max=low.shape[2] - 1).expand_as(new)
-        low.scatter_reduce_(2, at, new.masked_fill(~valid, torch.inf), "amin")
-        high.scatter_reduce_(2, at, new.masked_fill(~valid, -torch.inf), "amax")
+        pages = Pages(low, high, self.page, key.shape[2])
+        numbers = entries.number[:, None, first:, None] // self.page
+        pages.widen(key[:, :, first:], numbers.clamp(max=low.shape[2] - 1), entries.valid[:, None, first:, None])
+        return pages
+
+    def _summary(self, key: Tensor, entries: Entries) -> Pages:
+        newest = entries.newest[:, None]
+        # Behind a row's last entry it is repeated, which changes no bound of its page.
+        places = torch.arange(max(entries.held), device=key.device).minimum(newest)
+        column = entries.column.gather(1, places)[:, None, :, None]
+        low, high = ops.page_bounds(key.take_along_dim(column, dim=2), self.page)
+        none = (torch.arange(low.shape[2], device=key.device) > newest // self.page)[:, None, :, None]
+        low, high = low.masked_fill(none, torch.inf), high.masked_fill(none, -torch.inf)
         return Pages(low, high, self.page, key.shape[2])
 
     def bounds(self, step: Step) -> Tensor:

@@ -58,7 +58,7 @@ class SnapKV(Evictor):
 
     def observed_attention(self, row: KVRow) -> Tensor:
         """What the window attends to each entry before it `[kv_heads, group, entries - window]`."""
-        return row.rows().sum(dim=2)[..., : row.entries - self.window]
+        return row.grouped(row.rows(rows="sum"))[..., : row.entries - self.window]
 
     def score(self, row: KVRow) -> Tensor:
         """Attention of the window, smoothed."""

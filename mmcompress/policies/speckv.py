@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from mmcompress.errors import SpecError
 from mmcompress.kv_policy import Evictor, KVNeeds, KVRow
-from mmcompress.policies._scores import pool
+from mmcompress.policies._scores import pool, reduce_group
 from mmcompress.registry import register_policy
 
 
@@ -67,6 +67,6 @@ class SpecKV(Evictor):
         """The highest or mean attention of all observers, smoothed."""
         assert row.query is not None and row.ahead is not None
         query, key = torch.cat([row.query, row.ahead.query], dim=1), torch.cat([row.key, row.ahead.key], dim=1)
-        observed = replace(row, query=query, key=key).rows()[..., : row.entries - self.least]
-        scores = observed.amax(dim=(1, 2)) if self.reduction == "max" else observed.mean(dim=(1, 2))
+        joined = row.grouped(replace(row, query=query, key=key).rows(rows=self.reduction))
+        scores = reduce_group(joined, self.reduction)[:, : row.entries - self.least]
         return pad(pool(scores, self.kernel, "max"), (0, row.entries - scores.shape[1]))

@@ -51,7 +51,7 @@ class TGVKV(Evictor):
 
     def mass(self, row: KVRow) -> Tensor:
         """How much text attends to images."""
-        return row.rows().mean(dim=(0, 1))[:, row.visual[0]].sum()
+        return row.rows("mean", "sum")[row.visual[0]].sum()
 
     def budget(self, row: KVRow, keep: int) -> int:
         """In proportion to this layer's mass."""
@@ -72,7 +72,7 @@ class TGVKV(Evictor):
 
     def score(self, row: KVRow) -> Tensor:
         """The same for all heads: votes for visual entries, attention received by text, above all of these."""
-        rows = row.rows().mean(dim=(0, 1))
+        rows = row.rows(heads="mean")
         received = rows.sum(dim=0)
         readers = torch.arange(len(rows), 0, -1, device=rows.device)
         votes = (received[-len(rows) :] / readers) @ rows

@@ -78,11 +78,11 @@ class ZipCache(Quantiser):
         assert row.query is not None
         probes = self.probes(row)
         last_seen, entries = row.last_seen[probes], torch.arange(row.entries, device=row.key.device)
-        rows = ops.attention_rows(row.query[None, :, probes], row.key[None], row.scaling, last_seen)[0]
+        received = ops.attention_rows(row.query[None, :, probes], row.key[None], row.scaling, last_seen, rows="sum")[0]
         seen_by = (last_seen[:, None] >= entries).sum(dim=0)
         if self.compat == "official" and not row.generated:
             seen_by = row.entries - entries
-        return row.grouped(rows).sum(dim=(1, 2)) / seen_by.clamp(min=1)
+        return row.grouped(received).sum(dim=1) / seen_by.clamp(min=1)
 
     def pack_keys(self, block: Block) -> Packed:
         """A range per channel and class of tokens."""

@@ -44,7 +44,7 @@ def _require_plain(dropout_p: float, window_size: tuple[int, int], softcap: floa
         raise NotImplementedError("the stand-in has no dropout, sliding window or soft cap")
 
 
-class _Kernels:
+class Kernels:
     """The two kernels with flash-attn's signatures, which write down their calls."""
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 @contextmanager
 def fake_flash_attention(model: nn.Module) -> Iterator[list[FlashCall]]:
     """Switch `model` to "flash_attention_2" on CPU; yields the kernel calls, and restores everything."""
-    kernels = _Kernels()
+    kernels = Kernels()
     # The dispatcher keeps what it loaded in module globals: each is put back, and loading starts afresh.
     names = ("_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn")
     names += ("_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn")

@@ -76,7 +76,7 @@ def expected_answers(draft: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 def overheard(handle: mmcompress.Handle, name: str) -> list[Any]:
     """What a method of the draft is going to return."""
-    draft: Any = handle._door._draft  # type: ignore[union-attr]
+    draft: Any = handle._door.listener.draft  # type: ignore[union-attr]
     own, answers = getattr(draft, name), []
 
     def repeated(*given: Any) -> Any:

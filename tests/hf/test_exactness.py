@@ -13,6 +13,7 @@ import torch
 import transformers
 from hf.fake_flash import fake_flash_attention
 from hf.families import FAMILIES, IMAGE, Kind
+from hf.generating import generating
 from hf.oracle import (
     Recomputed,
     ReferenceItem,
@@ -36,6 +37,7 @@ from mmcompress.spec import Spec
 from mmcompress.types import Needs, Positions, Selection, Space, VisualItem
 
 STEPS, KEEP, TOLERANCE = 5, 0.4, 1e-5
+generate = generating(STEPS)
 TRANSFORMERS = Version(transformers.__version__)
 REFERENCE = "todre(parts=first)"
 # Merging before the projector, and what it takes without one that maps each token by itself or a CLS token.
@@ -98,17 +100,6 @@ def case(
     selections = method.compress([reference.item for reference in items], Budget(keep), needs)
     default: Positions = "original" if name in MROPE else "renumber"
     return Case(model, name, inputs, items, selections, positions or default, method.space, method.newlines)
-
-
-def generate(model: PreTrainedModel, inputs: dict, steps: int = STEPS, **options) -> typing.Any:
-    return model.generate(
-        **inputs,
-        max_new_tokens=steps,
-        min_new_tokens=steps,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **{"do_sample": False, **options},
-    )
 
 
 def assert_exact(output: typing.Any, expected: Recomputed) -> None:

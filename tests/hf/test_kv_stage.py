@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf.fake_devices import HERE, PretendedDevices, put_there
 from hf.families import FAMILIES
+from hf.generating import generating
 from hf.oracle import Entering, prompts, reference_items, whole_prompts
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ from mmcompress.registry import METHODS, POLICIES
 from mmcompress.spec import Spec
 
 STEPS, KEEP, TOLERANCE = 6, 10, 1e-5
+generate = generating(STEPS)
 # A mask cannot show what merges.
 OPTIONS = {
     "snapkv": "window=4",
@@ -91,11 +93,6 @@ def masked(model: PreTrainedModel, rows: list[Entering], sequences: Tensor, snap
                 hidden[0, :length] += prompt.deepstack[layer]
         logits.append(model.get_output_embeddings()(decoder.norm(hidden[0, length - 1 :])))
     return torch.stack(logits)
-
-
-def generate(model: PreTrainedModel, inputs: dict, steps: int = STEPS, **options: typing.Any) -> typing.Any:
-    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, **options}
-    return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from hf.families import FAMILIES
+from hf.generating import generating
 from hf.oracle import Entering, encoder_facts, prompts, reference_items, whole_prompts
 from registered import variants
 from torch import Tensor
@@ -26,6 +27,7 @@ from mmcompress.spec import Spec
 from mmcompress.types import Positions, Selection
 
 STEPS, KEEP, TOLERANCE = 5, 0.4, 1e-5
+generate = generating(STEPS)
 MROPE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 DEEPSTACK_LEVELS = {"qwen3_vl": 2}
 
@@ -244,11 +246,6 @@ def wrapped(model: PreTrainedModel, spec: Spec | str) -> mmcompress.Handle:
     spec = Spec.parse(spec)
     method: typing.Any = METHODS.get(spec.name)
     return mmcompress.wrap(model, spec, keep=KEEP if method.info.takes_keep else None)
-
-
-def generate(model: PreTrainedModel, inputs: dict, **options: typing.Any) -> typing.Any:
-    options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, **options}
-    return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
 
 
 def assert_exact(output: typing.Any, stats: typing.Any, expected: Recomputed, width: int, whole: typing.Any) -> None:

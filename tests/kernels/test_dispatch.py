@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from kernel_calls import one_of_each
+from kernel_calls import BY_HEAD_SIZE, one_of_each
 from torch import Tensor
 
 from mmcompress import ops
@@ -68,6 +69,45 @@ def test_what_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "find_spec", lambda _: None)
         assert "it is not installed" in refused("attention_rows", QUERY, KEY, 1.0)
+
+
+def of_another_type(value: Any) -> Any:
+    """Floating-point numbers of 64 bits."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return type(value)(map(of_another_type, value)) if isinstance(value, list | tuple) else value
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_op_names_what_its_kernel_does_not_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    arguments = CALLS[name]
+    odd = of_another_type(arguments) if "_bits" not in name else (arguments[0].short(), *arguments[1:])
+    monkeypatch.setenv(dispatch.SWITCH, "triton")
+    assert re.search(r"dtypes? .*(float64|int16)", refused(name, *odd))
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "REACH", 1)
+        assert re.search(r"strides \(.*\) of shape \(.*\), which reach beyond 1", refused(name, *arguments))
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "_interpreted", lambda: False)
+        assert "device cpu" in refused(name, *arguments)
+    monkeypatch.setenv(dispatch.SWITCH, "auto")
+    monkeypatch.setattr(dispatch, "ACCELERATED", "cpu")
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=rf"{name}: Triton does not take dtypes? .*plain torch does"):
+        fallen_back = getattr(ops, name)(*odd)
+    monkeypatch.setenv(dispatch.SWITCH, "reference")
+    torch.testing.assert_close(fallen_back, getattr(ops, name)(*odd))
+
+
+@pytest.mark.parametrize("case", ["lse", "weighted", "colsum", "pages", "codes"])
+def test_heads_too_wide_for_a_block_are_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv(dispatch.SWITCH, "triton")
+    name, arguments = BY_HEAD_SIZE[case](272, torch.float32)
+    assert "head size 272 above 256" in refused(name, *arguments)
+    monkeypatch.setenv(dispatch.SWITCH, "auto")
+    assert getattr(ops, name)(*arguments).isfinite().any()
 
 
 def test_auto_says_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:

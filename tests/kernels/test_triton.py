@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,7 @@ triton = pytest.importorskip("triton")
 FOLDER = Path(__file__).parents[2] / "kernels"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OTHER_DTYPES = [torch.float32, torch.float16, torch.float32, torch.float16]
-HEADS = [*((dim, torch.bfloat16) for dim in HEAD_SIZES), *zip(HEAD_SIZES, OTHER_DTYPES, strict=True)]
+HEADS = list(itertools.product(HEAD_SIZES, DTYPES))
 NAIVE = {
     name: getattr(module, name)
     for path in FOLDER.glob("*/naive.py")

@@ -388,8 +388,13 @@ def test_importance_is_pagerank_over_telling_heads(layer: int, iterations: int) 
     telling = [head for head in range(5) if 0.01 <= spread[head] <= 0.7]
     assert telling and not {0, 1} & set(telling)
     expected = (scores[telling] ** 2).mean(0).sqrt()
-    torch.testing.assert_close(ZeroTPrune().importance(graph, iterations), expected)
-    torch.testing.assert_close(ZeroTPrune().importance(graph[:1], 3), torch.ones(8), msg="all heads if none tells")
+    method, attention = (
+        ZeroTPrune(),
+        Attention(graph.clamp(min=1e-30).log()[None], torch.eye(8).expand(1, 5, 8, 8), 1.0),
+    )
+    torch.testing.assert_close(method.importance(attention, iterations)[0], expected)
+    quiet = Attention(*(part[:, :1] for part in attention[:2]), 1.0)
+    torch.testing.assert_close(method.importance(quiet, 3), torch.ones(1, 8), msg="all heads if none tells")
 
 
 def test_ties_go_to_the_lower_index() -> None:

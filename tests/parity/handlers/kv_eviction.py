@@ -371,7 +371,7 @@ def _next_mask(row: KVRow, kept: Tensor) -> Tensor:
 
 def _read(row: KVRow) -> Tensor:
     """What the last token reads, heads one behind the other."""
-    return (row.rows()[:, :, -1] @ row.value).flatten()
+    return (row.grouped(row.rows(rows="sum", last=1)) @ row.value).flatten()
 
 
 HANDLERS = {
