@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-BENCHMARKS = ("decode", "kernels", "prefill", "selection")
+BENCHMARKS = ("decode", "kernels", "selection", "serving")
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [] or sys.argv[1] not in BENCHMARKS:

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from mmcompress.accounting import Stats
 from mmcompress.errors import MMCompressError, SpecError
+from mmcompress.evals.bench.memory import bytes_held
+from mmcompress.evals.bench.options import add_options, add_shape, numbers, prepare, require_positive
 from mmcompress.evals.bench.rows import publish
-from mmcompress.evals.bench.selection import numbers
-from mmcompress.evals.bench.shapes import SHAPES
-from mmcompress.evals.bench.timing import wait
+from mmcompress.evals.bench.shapes import SHAPES, repeated
+from mmcompress.evals.bench.timing import spread, wait
 from mmcompress.evals.environment import bench_environment
 from mmcompress.integrations.hf import wrap
 from mmcompress.spec import split_specs
@@ -88,7 +88,7 @@ def measure(model: Any, inputs: dict[str, Tensor], policies: Sequence[str | None
     weights = sum(part.nbytes for part in model.base_model.get_decoder().layers.parameters())
     rows = []
     for number, policy in enumerate(policies):
-        lower, middle, upper = quantiles(seconds[number], n=4, method="inclusive")
+        middle, around = spread(seconds[number])
         rows.append(
             Row(
                 policy=policy or "none",
@@ -96,17 +96,12 @@ def measure(model: Any, inputs: dict[str, Tensor], policies: Sequence[str | None
                 tokens=tokens,
                 kv_bytes=bytes_held(caches[number]),
                 step=middle,
-                spread=(upper - lower) / 2,
+                spread=around,
                 ratio=median(seconds[0]) / middle,
                 limit=(weights + read[0]) / (weights + read[number]),
             )
         )
     return rows
-
-
-def bytes_held(cache: Any) -> int:
-    """What keys and values of all layers occupy, as they are held."""
-    return sum(getattr(layer, "nbytes", None) or layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def bytes_read(stats: Stats | None, cache: Any) -> int:
@@ -131,7 +126,7 @@ def lengthen(inputs: dict[str, Tensor], tokens: int, batch: int) -> dict[str, Te
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
     if "mm_token_type_ids" in inputs:
         longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(text)], dim=1)
-    return {name: torch.cat([longer.get(name, part)] * batch) for name, part in inputs.items()}
+    return repeated({**inputs, **longer}, batch)
 
 
 def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
@@ -141,12 +136,10 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
         MMCompressError: a length, a policy or a number is out of the question.
         OSError: the folder cannot be written to.
     """
-    if min(settings.steps - 1, settings.threads, *settings.batch, settings.layers or 1) < 1:
-        raise SpecError("--threads, --batch and --layers must be at least 1, --steps at least 2.")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise SpecError("--device cuda: torch finds none here.")
-    torch.set_num_threads(settings.threads)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    require_positive(batch=min(settings.batch), layers=settings.layers)
+    if settings.steps < 2:
+        raise SpecError(f"--steps must be at least 2, not {settings.steps}.")
+    prepare(settings.device, settings.threads, settings.out)
     dtype = getattr(torch, settings.dtype)
     model, inputs = SHAPES[settings.shape].build(settings.layers, settings.device, dtype)
     policies = [None, *split_specs(settings.kv)]
@@ -177,16 +170,12 @@ def main(given: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("shape", choices=tuple(SHAPES), metavar="shape", help=f"which model: {', '.join(SHAPES)}")
-    add("--layers", type=int, help="cut the LLM to so many layers (all)")
+    add_shape(parser)
     add("--kv", default=KV, help="policies, separated by commas (%(default)s)")
     add("--lengths", type=numbers, default="768,2048", help="tokens of the prompt (%(default)s)")
     add("--batch", type=numbers, default="1", help="rows (%(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model (%(default)s)")
     add("--steps", type=int, default=31, help="measured steps of each policy, at least 2 (%(default)s)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    add("--out", type=Path, default=Path("bench"), help="folder for results.json and table.md (%(default)s)")
+    add_options(parser, "the model")
     try:
         bench(parser.parse_args(given), Console())
     except (MMCompressError, OSError) as error:

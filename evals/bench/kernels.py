@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mmcompress import ops
 from mmcompress.errors import MMCompressError, SpecError
+from mmcompress.evals.bench.options import add_options, prepare, require_positive
 from mmcompress.evals.bench.rows import publish
 from mmcompress.evals.bench.timing import time_batch
 from mmcompress.evals.environment import bench_environment
@@ -32,7 +32,7 @@ NOTES = (
 EPILOG = """\
 try:
   python -m mmcompress.evals.bench.kernels
-  python -m mmcompress.evals.bench.kernels --device cuda --dtype bfloat16 --sizes full
+  python -m mmcompress.evals.bench.kernels --device cuda --dtype bfloat16
   python -m mmcompress.evals.bench.kernels --ops compact,kv_quant
 """
 
@@ -292,14 +292,11 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
     wanted = settings.ops.split(",") if settings.ops else ops.__all__
     if unknown := sorted(set(wanted) - set(ops.__all__)):
         raise SpecError(f"--ops: there is no {', '.join(unknown)}; there are {', '.join(ops.__all__)}.")
-    if min(settings.limit, settings.threads) <= 0:
-        raise SpecError("--limit and --threads must be above 0.")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise SpecError("--device cuda: torch finds none here.")
-    torch.set_num_threads(settings.threads)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    require_positive(limit=settings.limit)
+    prepare(settings.device, settings.threads, settings.out)
     device, dtype = settings.device, getattr(torch, settings.dtype)
-    make = Maker(device, dtype, settings.sizes == "full")
+    full = device == "cuda" if settings.sizes is None else settings.sizes == "full"
+    make = Maker(device, dtype, full)
     with torch.inference_mode():
         limits = ceilings(device, dtype, settings.limit)
         rows = [
@@ -335,13 +332,10 @@ def main(given: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of inputs (%(default)s)")
-    add("--sizes", choices=("small", "full"), default="small", help="shapes of 7B models, or small ones (%(default)s)")
+    add("--sizes", choices=("small", "full"), help="shapes of 7B models, or small ones (full on a GPU)")
     add("--ops", help="which, separated by commas (all)")
     add("--limit", type=float, default=20, help="give up where a call takes longer, in seconds (%(default)s)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    add("--out", type=Path, default=Path("bench"), help="folder for results.json and table.md (%(default)s)")
+    add_options(parser, "inputs")
     try:
         bench(parser.parse_args(given), Console())
     except (MMCompressError, OSError) as error:

@@ -82,6 +82,14 @@ def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequ
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {note}" for note in notes), ""])
 
 
+@dataclass(frozen=True)
+class Sheet:
+    """One table of several."""
+
+    columns: Sequence[str]
+    cells: Sequence[Sequence[str]]
+
+
 def publish(
     out: Path,
     columns: Sequence[str],
@@ -91,7 +99,17 @@ def publish(
     console: Console,
 ) -> None:
     """Print the table, write it and `record` to `table.md` and `results.json` in the folder `out`, and say so."""
-    console.print(table(columns, cells, notes), width=WIDTH, crop=False)
-    (out / "table.md").write_text(markdown(columns, cells, notes), encoding="utf-8")
+    publish_sheets(out, [Sheet(columns, cells)], notes, record, console)
+
+
+def publish_sheets(
+    out: Path, sheets: Sequence[Sheet], notes: Sequence[str], record: Mapping[str, Any], console: Console
+) -> None:
+    """The same with several tables, notes below the last."""
+    below = [*([] for _ in sheets[1:]), notes]
+    for sheet, said in zip(sheets, below, strict=True):
+        console.print(table(sheet.columns, sheet.cells, said), width=WIDTH, crop=False)
+    text = "\n".join(markdown(sheet.columns, sheet.cells, said) for sheet, said in zip(sheets, below, strict=True))
+    (out / "table.md").write_text(text, encoding="utf-8")
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(f"wrote {out}/table.md and results.json", highlight=False)

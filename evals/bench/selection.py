@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmcompress.budget import Budget
 from mmcompress.errors import MMCompressError, SpecError
 from mmcompress.evals.bench.items import CLIP, layout, make_item
+from mmcompress.evals.bench.options import add_options, numbers, prepare, require_positive
 from mmcompress.evals.bench.plain import PLAIN, plain_loop
 from mmcompress.evals.bench.rows import COLUMNS, NOTE, Row, publish
 from mmcompress.evals.bench.timing import time_batch
@@ -94,18 +94,14 @@ def bench(settings: argparse.Namespace, console: Console) -> list[Row]:
         OSError: the folder cannot be written to.
     """
     keep, limit, device = Budget(settings.keep), settings.limit, settings.device
-    if min(limit, settings.images, settings.threads) <= 0:
-        raise SpecError("--images, --limit and --threads must be above 0.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SpecError("--device cuda: torch finds none here.")
+    require_positive(images=settings.images, limit=limit)
     for tokens in settings.tokens:
         layout(tokens, "image")  # before the long work begins
     texts = split_specs(settings.methods) if settings.methods else default_specs()
     built = [build(text) for text in texts]
     left_out = {str(spec): reason for spec, _, reason in built if reason}
     work = [(spec, method, tokens) for spec, method, reason in built if not reason for tokens in settings.tokens]
-    settings.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(settings.threads)
+    prepare(device, settings.threads, settings.out)
     rows = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress, torch.inference_mode():
@@ -136,11 +132,6 @@ def number(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
 
-def numbers(text: str) -> list[int]:
-    """What `text` says, separated by commas."""
-    return [int(part) for part in text.split(",")]
-
-
 def main(given: Sequence[str] | None = None) -> None:
     """Run the command line; a selection that differs from what it is compared with is an error."""
     parser = argparse.ArgumentParser(
@@ -150,14 +141,12 @@ def main(given: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (%(default)s)")
     add("--methods", help="specs, separated by commas (every method that needs no file)")
     add("--tokens", type=numbers, default="576,2880,16384", help="sizes of items (%(default)s)")
     add("--images", type=int, default=4, help="items of a batch (%(default)s)")
     add("--keep", type=number, default=0.1, help="what stays of an item: a fraction, or a count (%(default)s)")
     add("--limit", type=float, default=60, help="give up where one item takes longer, in seconds (%(default)s)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    add("--out", type=Path, default=Path("bench"), help="folder for results.json and table.md (%(default)s)")
+    add_options(parser)
     try:
         rows = bench(parser.parse_args(given), Console())
     except (MMCompressError, OSError) as error:

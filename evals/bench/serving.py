@@ -6,19 +6,12 @@ import argparse
 import base64
 import io
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,15 +19,16 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
-from mmcompress.errors import MMCompressError, SpecError
+from mmcompress.errors import MMCompressError
+from mmcompress.evals.bench.options import DEVICES, require_positive
 from mmcompress.evals.bench.rows import publish
+from mmcompress.evals.bench.servers import STOCK, Server, beside_stock
 from mmcompress.evals.environment import bench_environment
 from mmcompress.evals.micro import DEFAULT_MODEL, MICROVQA_PATH, MODELS, load_microvqa
 
 SHARES = {"picture": 0.7, "two pictures": 0.1, "text": 0.15, "broken": 0.05}
 SIDES = (112, 224, 448, 640)
 TOKENS = 8
-START_SECONDS = 600
 COLUMNS = ("method", "clients", "requests/s", "x", "right")
 NOTES = (
     f"{', '.join(f'{share:.0%} {kind}' for kind, share in SHARES.items())}; sides of {SIDES[0]} to {SIDES[-1]} pixels, "
@@ -85,76 +79,19 @@ def _png(path: Path, draw: random.Random) -> bytes:
     return file.getvalue()
 
 
-class Server:
-    """A running server, as its clients see it."""
-
-    def __init__(self, port: int) -> None:
-        self._address = f"http://127.0.0.1:{port}"
-
-    def post(self, path: str, body: Any = None) -> tuple[int, bytes]:
-        """Status and content of the answer."""
-        data = b"" if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=600) as response:
-                return response.status, response.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-
-    def is_up(self) -> bool:
-        """Whether it takes requests."""
-        try:
-            return bool(urllib.request.urlopen(f"{self._address}/health", timeout=5).status == 200)
-        except OSError:
-            return False
-
-    def say(self, chat: dict[str, Any]) -> str | int:
-        """What it answers, or the status if it does not."""
-        status, content = self.post("/v1/chat/completions", chat)
-        return str(json.loads(content)["choices"][0]["message"]["content"]) if status == 200 else status
-
-    def run(self, chats: Sequence[dict[str, Any]], clients: int) -> tuple[float, list[str | int]]:
-        """Requests per second, and all answers."""
-        for cache in ("prefix", "mm", "encoder"):
-            self.post(f"/reset_{cache}_cache")
-        start = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            answers = list(pool.map(self.say, chats))
-        return len(chats) / (time.perf_counter() - start), answers
+def say(server: Server, chat: dict[str, Any]) -> str | int:
+    """What a server answers, or the status if it does not."""
+    status, content = server.post("/v1/chat/completions", chat)
+    return str(json.loads(content)["choices"][0]["message"]["content"]) if status == 200 else status
 
 
-@contextmanager
-def serve(model: Path, wanted: dict[str, Any], log: Path, arguments: Sequence[str]) -> Iterator[Server]:
-    """A server with `wanted` in its additional config that is gone afterwards.
-
-    Raises:
-        SpecError: it did not start.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--additional-config", json.dumps(wanted), *arguments]
-    with log.open("w", encoding="utf-8") as written:
-        process = subprocess.Popen(
-            command,
-            stdout=written,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_SERVER_DEV_MODE": "1"},  # so that caches can be emptied
-            start_new_session=True,
-        )
-    try:
-        server = Server(port)
-        deadline = time.monotonic() + START_SECONDS
-        while not server.is_up():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SpecError(f"vLLM did not start; {log} says why.")
-            time.sleep(0.5)
-        yield server
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+def ask(server: Server, chats: Sequence[dict[str, Any]], clients: int) -> tuple[float, list[str | int]]:
+    """Requests per second of a server with empty caches, and all answers."""
+    server.forget()
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(partial(say, server), chats))
+    return len(chats) / (time.perf_counter() - start), answers
 
 
 def bench(settings: argparse.Namespace, arguments: Sequence[str], console: Console) -> list[Row]:
@@ -164,36 +101,24 @@ def bench(settings: argparse.Namespace, arguments: Sequence[str], console: Conso
         SpecError: a number is out of the question, or a server did not start.
         OSError: the folder cannot be written to.
     """
-    if min(settings.requests, settings.repeats, *settings.clients) < 1:
-        raise SpecError("--requests, --repeats and --clients must be at least 1.")
+    require_positive(requests=settings.requests, repeats=settings.repeats, clients=min(settings.clients))
     settings.out.mkdir(parents=True, exist_ok=True)
     model = MODELS.get(settings.model, Path(settings.model))
     chats, broken = requests(settings.requests)
     rows: list[Row] = []
-    with ExitStack() as running:
-        servers = {
-            method: running.enter_context(
-                serve(
-                    model,
-                    {"mmcompress": {"method": method}} if method else {},
-                    settings.out / f"{'compressed' if method else 'stock'}.log",
-                    arguments,
-                )
-            )
-            for method in ("", settings.method)
-        }
-        alone = {method: server.run(chats, 1)[1] for method, server in servers.items()}
+    wanted = {"method": settings.method}
+    with beside_stock(model, wanted, settings.method, settings.out, arguments) as servers:
+        alone = {name: ask(server, chats, 1)[1] for name, server in servers.items()}
         for clients in settings.clients:
             runs = [  # in turns, so that what else the machine does slows both
-                {method: server.run(chats, clients) for method, server in servers.items()}
-                for _ in range(settings.repeats)
+                {name: ask(server, chats, clients) for name, server in servers.items()} for _ in range(settings.repeats)
             ]
-            stock = median(run[""][0] for run in runs)
-            for method, server in servers.items():
-                rate = median(run[method][0] for run in runs)
-                right = server.is_up() and _sound(alone[method], broken)
-                right = right and all(run[method][1] == alone[method] for run in runs)
-                rows.append(Row(method or "stock", clients, rate, rate / stock, right))
+            stock = median(run[STOCK][0] for run in runs)
+            for name, server in servers.items():
+                rate = median(run[name][0] for run in runs)
+                right = server.is_up() and _sound(alone[name], broken)
+                right = right and all(run[name][1] == alone[name] for run in runs)
+                rows.append(Row(name, clients, rate, rate / stock, right))
     facts = bench_environment("serving", settings.device)
     notes = [f"{settings.model}, {settings.requests} requests, {settings.repeats} runs.", *NOTES]
     notes.append(", ".join(f"{name} {value}" for name, value in facts.items()))
@@ -221,7 +146,7 @@ def main(given: Sequence[str] | None = None) -> None:
     add("--requests", type=int, default=500, help="how many (%(default)s)")
     add("--clients", type=int, nargs="+", default=[1, 4, 16], help="how many ask at once (1 4 16)")
     add("--repeats", type=int, default=3, help="runs of each (%(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where vLLM runs (%(default)s)")
+    add("--device", choices=DEVICES, default="cpu", help="where vLLM runs (%(default)s)")
     add("--out", type=Path, default=Path("bench"), help="folder for results.json and table.md (%(default)s)")
     settings, arguments = parser.parse_known_args(given)
     try:

@@ -1,11 +1,11 @@
-"""Timing that gives up instead of hanging."""
+"""Timing that gives up instead of hanging, and what is made of repeated measurements."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
+from statistics import median, quantiles
 from time import perf_counter
 from typing import TypeVar
 
@@ -60,3 +60,11 @@ def wait() -> None:
     """Let work that runs on a GPU come to its end."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The median, and half of what lies between the quartiles."""
+    if len(values) == 1:
+        return values[0], 0.0
+    lower, middle, upper = quantiles(values, n=4, method="inclusive")
+    return middle, (upper - lower) / 2
