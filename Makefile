@@ -2,8 +2,11 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 VERSIONS := 5.17 5.19
+DEVICE ?= cuda
+ANSWERS ?= --batch 1,4,16
+MODELS ?= llava-1.5-7b llava-next-7b qwen2.5-vl-7b
 
-.PHONY: help setup demo micro test test-slow browser lint format clean
+.PHONY: help setup demo micro results bench-gpu test test-slow browser lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -16,12 +19,23 @@ demo: .venv/.ready ## answer the embedded suite with the embedded model, compres
 micro: .venv/.ready ## train an embedded model: make micro MODEL=micro-llava [SECONDS=60] [FROM=DIR], again to go on
 	$(RUN) -m mmcompress.evals.micro.training $(MODEL) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(FROM),--from $(FROM))
 
+results: .venv/.ready ## make evals/results of the embedded models anew: make results [ONLY=micro-llava-all] [QUESTIONS=20]
+	$(RUN) -m mmcompress.evals.tables $(ONLY) $(if $(QUESTIONS),--questions $(QUESTIONS))
+
+bench-gpu: .venv/.ready ## kernels, and answers of 7B models, beside what a GPU allows: make bench-gpu [DEVICE=cpu KERNELS=... ANSWERS=...]
+	$(RUN) -m mmcompress.evals.bench kernels --device $(DEVICE) --dtype bfloat16 --out bench/kernels $(KERNELS)
+	@for model in $(MODELS); do \
+		$(RUN) -m mmcompress.cli bench --random-weights $$model --device $(DEVICE) --keep 0.11 --out bench/$$model \
+			--method divprune,pyramiddrop $(ANSWERS) || exit 1; \
+	done
+
 test: .venv/.ready ## the tests, newest transformers
 	$(RUN) -m pytest -n 2 -m "not slow"
 
-test-slow: browser .venv/.ready .venv-vllm/.ready $(VERSIONS:%=.venv-%/.ready) ## slow tests, those in vLLM, and all others on older transformers
+test-slow: browser .venv/.ready .venv-vllm/.ready .venv-lmms/.ready $(VERSIONS:%=.venv-%/.ready) ## slow tests, those in vLLM and lmms-eval, and all others on older transformers
 	$(RUN) -m pytest -n 2 -m slow
 	PYTHONPATH=$(CURDIR)/tests/vllm/startup .venv-vllm/bin/python -m pytest -m slow tests/vllm
+	.venv-lmms/bin/python -m pytest -m slow tests/lmms
 	@for version in $(VERSIONS); do \
 		echo "== transformers $$version"; \
 		.venv-$$version/bin/python -m pytest -n 2 -m "not slow" || exit 1; \

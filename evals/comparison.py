@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +18,20 @@ from mmcompress.budget import Budget
 from mmcompress.errors import InputError, MMCompressError, UnsupportedError
 from mmcompress.evals import record, report, samples
 from mmcompress.evals.answers import Answers, Key, write_whole
-from mmcompress.evals.environment import device_name, environment
+from mmcompress.evals.backends import Backend
+from mmcompress.evals.environment import environment, model_facts
 from mmcompress.evals.processes import ALONE, Processes
 from mmcompress.evals.record import Asked, Record
 from mmcompress.evals.runner import Run, ask, batches, configure, encode, warm_up
 from mmcompress.evals.suites.base import Problem, Question, Suite, draw, fingerprint
 from mmcompress.integrations.hf import wrap
-from mmcompress.integrations.hf.capability import workable
+from mmcompress.integrations.hf.capability import Capability, workable
 from mmcompress.registry import METHODS
+from mmcompress.spec import CompressionConfig
 
 BASELINES = ("random", "uniform")
+WEIGHTS_SEEN = 16
+"""Of every parameter, to tell whether a model has been trained on since."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,27 @@ class Terms:
     processes: Processes = ALONE
 
 
-def every_method(model: Any) -> tuple[list[str], dict[str, str]]:
+def every_method(
+    model: Any, capability: Callable[[Any, str], Capability] = workable
+) -> tuple[list[str], dict[str, str]]:
     """All methods with the options that make them work on `model`, baselines first; the others with the reason."""
     names = [*BASELINES, *(name for name in METHODS.names() if name not in BASELINES)]
-    found = [workable(model, name) for name in names]
+    found = [capability(model, name) for name in names]
     refused = {capability.spec.name: capability.reason for capability in found if capability.needs is None}
     return [str(capability.spec) for capability in found if capability.needs is not None], refused
 
 
-def plan(model: Any, methods: Sequence[str], keeps: Sequence[int | float], policies: Sequence[str] = ()) -> Comparison:
+def _check(model: Any, config: CompressionConfig) -> None:
+    wrap(model, config).unwrap()
+
+
+def plan(
+    model: Any,
+    methods: Sequence[str],
+    keeps: Sequence[int | float],
+    policies: Sequence[str] = (),
+    check: Callable[[Any, CompressionConfig], None] = _check,
+) -> Comparison:
     """Every one of `methods` at every one of `keeps`, without and with every KV policy; see `Run` for what they mean.
 
     Raises:
@@ -88,7 +105,7 @@ def plan(model: Any, methods: Sequence[str], keeps: Sequence[int | float], polic
     runs, left_out = wanted[:1], {}
     for run in wanted[1:]:
         try:
-            wrap(model, configure(*run)).unwrap()
+            check(model, configure(*run))
             runs.append(run)
         except MMCompressError as error:
             left_out[run.label] = str(error)
@@ -115,10 +132,12 @@ def compare(
     terms: Terms,
     out: Path,
     console: Console,
+    backend: Backend | None = None,
 ) -> Record | None:
     """Ask what the folder `out` has no answer to yet, and write `results.json` and `table.md` there.
 
-    Several processes share the batches; the first one writes the results, the others return None.
+    Several processes share the batches; the first one writes the results, the others return None. With a `backend`,
+    that answers, and `model` tells what runs are possible, what they cost and what they keep of samples.
 
     Raises:
         SpecError: `out` holds answers given under other conditions, or a run is malformed.
@@ -129,18 +148,21 @@ def compare(
     if not processor.chat_template:
         raise UnsupportedError("the model's processor has no chat template, so its prompt format is not known.")
     number, wait = terms.processes.number, terms.processes.wait
+    of_backend = backend.conditions if backend else {"backend": "hf"}
+    conditions = _conditions(model, suites, terms) | of_backend
+    ask_all = backend.ask_all if backend else _ask_all
     if number == 0:
-        Answers(out, _conditions(model, suites, terms)).close()
+        Answers(out, conditions).close()
     wait()
-    with Answers(out, _conditions(model, suites, terms), number) as answers:
-        _ask_all(model, processor, suites, chosen.runs, terms, answers, console)
+    with Answers(out, conditions, number) as answers:
+        ask_all(model, processor, suites, chosen.runs, terms, answers, console)
         wait()
         if number > 0:
             return None
         answers.refresh()
     suites = [_without_unanswered(model, processor, asked, answers, chosen.runs) for asked in suites]
-    device = {"device": device_name(model.device), "dtype": str(model.dtype)}
-    result = as_record(suites, answers, chosen, terms, device)
+    facts = model_facts(model) | of_backend | ({"device": backend.device} if backend else {})
+    result = as_record(suites, answers, chosen, terms, facts)
     result["samples"] = samples.save(samples.samples(model, processor, suites, result), out)
     write(out, result, console)
     return result
@@ -212,15 +234,8 @@ def _ask_all(
         for asked, batch in dealt
         for questions, lacking in _missing(asked.label, batch, runs, answers)
     ]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     warm = False
-    with Progress(*columns, console=console, transient=True, disable=number > 0) as progress:
+    with progress_bar(console, hidden=number > 0) as progress:
         task = progress.add_task(
             "answering", total=sum(len(questions) * len(lacking) for _, questions, lacking in work)
         )
@@ -238,6 +253,18 @@ def _ask_all(
                     keys = [Key.of(asked.label, question.id, lacking[of_run]) for question in ready]
                     answers.add(zip(keys, texts, spent, strict=True))
                     progress.advance(task, len(ready))
+
+
+def progress_bar(console: Console, hidden: bool = False) -> Progress:
+    """Shows how many answers there are, and for how long it will go on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=hidden)
 
 
 def _missing(
@@ -292,6 +319,7 @@ def _conditions(model: Any, suites: Sequence[Asked], terms: Terms) -> dict[str, 
     return {
         "model": terms.model,
         "revision": getattr(model.config, "_commit_hash", None),
+        "weights": _fingerprint(model),
         "dtype": str(model.dtype),
         "seed": terms.seed,
         "batch_size": terms.batch_size,
@@ -299,6 +327,15 @@ def _conditions(model: Any, suites: Sequence[Asked], terms: Terms) -> dict[str, 
         "transformers": transformers.__version__,
         **{f"questions of {asked.label}": fingerprint(asked.questions) for asked in suites},
     }
+
+
+def _fingerprint(model: Any) -> str:
+    """Equal for equal weights, seen at a few places of each."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // WEIGHTS_SEEN)]
+        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _takes_keep(methods: str) -> bool:

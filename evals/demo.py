@@ -9,11 +9,11 @@ import torch
 import transformers
 from rich.console import Console
 
-from mmcompress.evals import comparison, report_html
+from mmcompress.evals import comparison, report_file
 from mmcompress.evals.micro import DEFAULT_MODEL, model_path
 from mmcompress.evals.micro.notes import UNLEARNT
 from mmcompress.evals.micro.processing import load_processor
-from mmcompress.evals.overlay import side_by_side
+from mmcompress.evals.overlay import captioned, side_by_side
 from mmcompress.evals.runner import Run
 from mmcompress.evals.samples import samples
 from mmcompress.evals.suites import configure
@@ -76,7 +76,11 @@ def demo(
     _, question, panels = samples(model, processor, [asked], result)[0]
     drawn, page = out / "overlay.png", out / "report.html"
     title = f"{question.prompt}  right answer: {question.answers[0]}"
-    side_by_side([panel.picture for panel in panels], columns=3, title=title).save(drawn)
-    page.write_text(report_html.page([out]), encoding="utf-8")
+    pictures = [
+        captioned(panel.picture, ": ".join(filter(None, (result["runs"][panel.run]["label"], panel.note))))
+        for panel in panels
+    ]
+    side_by_side(pictures, columns=3, title=title).save(drawn)
+    report_file.write([out], page)
     for path in (drawn, page):
         console.print(f"wrote {path}", highlight=False)

@@ -35,6 +35,11 @@ def bench_environment(module: str, device: str) -> dict[str, Any]:
     }
 
 
+def model_facts(model: Any) -> dict[str, str]:
+    """Where a model is, and what it computes in."""
+    return {"device": device_name(model.device), "dtype": str(model.dtype)}
+
+
 def device_name(device: torch.device) -> str:
     """What the maker calls a GPU; a CPU has a fact of its own."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ import mmcompress
 from mmcompress.errors import MMCompressError
 from mmcompress.evals.bench.rows import publish
 from mmcompress.evals.demo import load_micro
-from mmcompress.evals.environment import environment
+from mmcompress.evals.environment import environment, model_facts
 from mmcompress.evals.micro import DEFAULT_MODEL, Question
 from mmcompress.evals.micro.needle import Needle, make_needles
 from mmcompress.evals.report import budget
@@ -200,12 +201,13 @@ def main(given: Sequence[str] | None = None) -> None:
         torch.set_num_threads(asked.threads)
         asked.out.mkdir(parents=True, exist_ok=True)
         runs = [None, *map(Spec.parse, asked.kv)] if asked.kv else every_policy(asked.keep, asked.options)
-        results = evaluate(*load_micro(asked.model), asked.scenes, runs)
+        model, processor = load_micro(asked.model)
+        results = evaluate(model, processor, asked.scenes, runs)
     except (MMCompressError, OSError) as error:
         parser.error(str(error))
     scenes = {place: [needle.scene for needle in _needles(asked.scenes, number)] for place, number in PLACES.items()}
-    cells, facts = rows(results, scenes), environment()
-    facts["command"] = " ".join(["python -m mmcompress.evals.kv_comparison", *(given or sys.argv[1:])])
+    cells, facts = rows(results, scenes), environment() | model_facts(model)
+    facts["command"] = f"python -m mmcompress.evals.kv_comparison {shlex.join(given or sys.argv[1:])}"
     notes = [*NOTES, ", ".join(f"{name} {value}" for name, value in facts.items())]
     record = {"environment": facts, "scenes": scenes, "runs": [asdict(result) for result in results]}
     publish(asked.out, COLUMNS, cells, notes, record, Console())

@@ -29,6 +29,16 @@ def overlay(
     note: str = "",
     side: int = SIDE,
 ) -> Image.Image:
+    """What `kept` draws, with the method and the number of tokens below it, and further lines of `note`.
+
+    Raises:
+        UnsupportedError: there are more planes than a thumbnail and its crops.
+    """
+    caption = f"{method}: {tokens_kept(grids, selection)}"
+    return captioned(kept(image, grids, selection, side), f"{caption}\n{note}" if note else caption)
+
+
+def kept(image: Image.Image, grids: Sequence[tuple[int, int]], selection: Selection, side: int = SIDE) -> Image.Image:
     """Draw `selection` over the picture it was made for.
 
     A tiled image is drawn twice, once with the patches of its thumbnail and once with those of its stitched crops.
@@ -37,8 +47,6 @@ def overlay(
         image: the picture as the model sees it, of any size.
         grids: `(rows, columns)` of each plane of its tokens.
         selection: which tokens stayed.
-        method: what the caption calls it.
-        note: further lines of the caption.
         side: pixels along the longer side of the picture.
 
     Raises:
@@ -49,18 +57,22 @@ def overlay(
     sizes = [rows * columns for rows, columns in grids]
     groups = _groups(selection, sum(sizes)).split(sizes)
     anchors = _anchors(selection, sum(sizes)).split(sizes)
-    picture, merged = _resized(image, side), selection.weight is not None
+    picture, merged = resized(image, side), selection.weight is not None
     planes = [
         _draw(picture, group.view(grid), anchor.view(grid), merged)
         for grid, group, anchor in zip(grids, groups, anchors, strict=True)
     ]
-    caption = f"{method}: {len(selection)} of {sum(sizes)} tokens"
-    return _captioned(side_by_side(planes, gap=2), f"{caption}\n{note}" if note else caption)
+    return side_by_side(planes, gap=2)
+
+
+def tokens_kept(grids: Sequence[tuple[int, int]], selection: Selection) -> str:
+    """How many of how many tokens `selection` keeps, for people."""
+    return f"{len(selection)} of {sum(rows * columns for rows, columns in grids)} tokens"
 
 
 def original(image: Image.Image, caption: str = "original", side: int = SIDE) -> Image.Image:
     """The picture itself, sized and captioned like an overlay."""
-    return _captioned(_resized(image, side), caption)
+    return captioned(resized(image, side), caption)
 
 
 def side_by_side(
@@ -135,13 +147,15 @@ def _enlarged(cells: Tensor, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(cells.to(torch.uint8).numpy()).resize(size, Image.Resampling.NEAREST)
 
 
-def _resized(image: Image.Image, side: int) -> Image.Image:
+def resized(image: Image.Image, side: int = SIDE) -> Image.Image:
+    """The picture as RGB, its longer side `side` pixels long."""
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _captioned(picture: Image.Image, caption: str) -> Image.Image:
+def captioned(picture: Image.Image, caption: str) -> Image.Image:
+    """The picture with words below it."""
     text = _broken(caption, picture.width)
     sheet = Image.new("RGB", (picture.width, picture.height + _text_height(text)), _PAPER)
     sheet.paste(picture, (0, 0))

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mmcompress.errors import InputError, SpecError
+from mmcompress.errors import InputError
+from mmcompress.evals import result_file
 from mmcompress.evals.answers import Answers, Key, write_whole
 from mmcompress.evals.runner import Cost, Run, configure
 from mmcompress.evals.statistics import NORMAL_95, bootstrap_weights, interval
@@ -20,6 +21,7 @@ from mmcompress.evals.suites.base import Grade, Problem, Question, Scorer
 FORMAT = "mmcompress-results"
 VERSION = 1
 RESAMPLES = 1000
+_PARTS = ("model", "seed", "environment", "left_out", "suites", "runs", "samples")
 
 Record = dict[str, Any]
 
@@ -114,23 +116,25 @@ def load(path: Path) -> Record:
     """Read the result file `path`, or the one in a folder.
 
     Raises:
-        InputError: it is missing or no result file.
+        InputError: it is missing, damaged or no result of an evaluation.
         SpecError: another version of mmcompress with another format wrote it.
     """
-    file = path / "results.json" if path.is_dir() else path
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file} does not exist; mmcompress eval writes one.") from error
-    except ValueError as error:
-        raise InputError(f"{file} is no JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise InputError(f"{file} is no result of mmcompress eval: its format is not {FORMAT!r}.")
-    if record.get("version") != VERSION:
-        raise SpecError(
-            f"{file} has version {record.get('version')} of its format; this mmcompress reads version {VERSION}: "
-            "make it anew with the command in it."
-        )
+    return checked(result_file.read(path, {FORMAT: VERSION}), path)
+
+
+def checked(record: Record, path: Path) -> Record:
+    """`record` itself.
+
+    Raises:
+        InputError: it lacks what every result of an evaluation has.
+    """
+    lacking = [part for part in _PARTS if part not in record]
+    if lacking:
+        raise InputError(f"{path} is damaged: it lacks {', '.join(lacking)}.")
+    for run in record["runs"]:
+        for label, suite in record["suites"].items():
+            if len(run["suites"].get(label, {}).get("scores", ())) != len(suite["questions"]):
+                raise InputError(f"{path} is damaged: {run['label']} has not one score for each question of {label}.")
     return record
 
 

@@ -17,6 +17,7 @@ WIDTH = 121
 
 _NAME = 24
 PROBLEMS_SHOWN = 5
+NO_BUDGET = "--"
 
 NOTES = (
     "{metric}: 95 % interval; vs random: points above random tokens at the same keep on the same questions, with the "
@@ -31,13 +32,6 @@ NOTES = (
 KV_NOTE = "KV under a policy: what the cache holds after the answer, padding included; otherwise after the prompt."
 
 Record = Mapping[str, Any]
-
-_STAGES = ("encoder", "selection", "prefill", "decode")
-_CSV_COLUMNS = (
-    *("model", "suite", "questions", "problems", "method", "keep", "kv", "metric", "value", "margin"),
-    *("retained", "retained_low", "retained_high", "invalid"),
-    *("tokens", "kept", "tokens_per_layer", "prefill_flops", "kv_bytes"),
-)
 
 
 def columns(result: Record, label: str) -> list[tuple[str, str]]:
@@ -125,35 +119,60 @@ def problem_lines(label: str, suite: Record) -> list[str]:
     return [f"{label}: {len(problems)} rows could not be asked: {'; '.join(shown)}{more}"]
 
 
-def as_csv(results: Sequence[Record]) -> str:
-    """Every run of every suite in a line, numbers as they are."""
+def lines(result: Record) -> list[dict[str, Any]]:
+    """Every run of every suite as a line of a CSV, numbers as they are."""
+    found = []
+    for label, suite in result["suites"].items():
+        for run in result["runs"]:
+            of_suite = run["suites"][label]
+            if not of_suite:
+                continue
+            cost, retained = of_suite["cost"], of_suite["retained"] or {}
+            found.append(
+                {
+                    "model": result["model"],
+                    "suite": label,
+                    "questions": len(suite["questions"]),
+                    "problems": len(suite["problems"]),
+                    "method": run["method"] or "unpruned",
+                    "keep": run["keep"],
+                    "kv": run["kv"],
+                    "metric": suite["metric"],
+                    "value": of_suite["metrics"][suite["metric"]],
+                    "margin": of_suite["margin"],
+                    "retained": retained.get("value"),
+                    "retained_low": retained.get("low"),
+                    "retained_high": retained.get("high"),
+                    "invalid": of_suite["invalid"],
+                    **{name: cost[name] for name in ("tokens", "kept", "tokens_per_layer")},
+                    "prefill_flops": cost["prefill_flops"],
+                    "kv_bytes": cost["kv_bytes"],
+                    **{f"{stage}_seconds": seconds for stage, seconds in cost["seconds"].items()},
+                }
+            )
+    return found
+
+
+def as_csv(lines: Sequence[Record]) -> str:
+    """Lines under the names of all their cells."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*_CSV_COLUMNS, *(f"{stage}_seconds" for stage in _STAGES)])
-    for result in results:
-        for label, suite in result["suites"].items():
-            for run in result["runs"]:
-                found = run["suites"][label]
-                if not found:
-                    continue
-                cost, retained = found["cost"], found["retained"] or {}
-                writer.writerow(
-                    [
-                        *(result["model"], label, len(suite["questions"]), len(suite["problems"])),
-                        *(run["method"] or "unpruned", run["keep"], run["kv"]),
-                        *(suite["metric"], found["metrics"][suite["metric"]], found["margin"]),
-                        *(retained.get("value"), retained.get("low"), retained.get("high"), found["invalid"]),
-                        *(cost["tokens"], cost["kept"], cost["tokens_per_layer"], cost["prefill_flops"]),
-                        *(cost["kv_bytes"], *(cost["seconds"][stage] for stage in _STAGES)),
-                    ]
-                )
+    names = dict.fromkeys(name for line in lines for name in line)
+    writer = csv.DictWriter(file, list(names), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return file.getvalue()
+
+
+def family(run: Record) -> str:
+    """What runs have in common that differ in their budget alone."""
+    name = run["method"] or "unpruned"
+    return f"{name}, KV {run['kv']}" if run["kv"] else str(name)
 
 
 def budget(keep: int | float | None) -> str:
     """The budget of a run, for people."""
     if keep is None:
-        return "--"
+        return NO_BUDGET
     return f"{100 * keep:g}%" if isinstance(keep, float) else str(keep)
 
 

@@ -1,61 +1,34 @@
-"""The report of evaluations as one page that needs nothing else: no network, no scripts, pictures inside."""
+"""The report of evaluations and benchmarks as one page that needs nothing else: no network, no scripts."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from mmcompress.errors import InputError
-from mmcompress.evals import report
-from mmcompress.evals.record import load
+from mmcompress.evals import report, report_stages
+from mmcompress.evals.report_style import METHOD_COLOURS, OTHER_COLOUR, PLAIN_COLOURS, STYLE
 from mmcompress.evals.report_svg import Curve, Point, pareto
 from mmcompress.evals.suites.base import picture_in
 
-PALETTE = ("#0b6e99", "#d9480f", "#2b8a3e", "#9c36b5", "#c92a2a", "#5f3dc4", "#b08900", "#087f5b")
-GREY, DARK = "#b8bec6", "#6b7280"
 MAX_PANEL_BYTES = 4 * 2**20
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; margin: 0 auto; max-width: 1080px;
-  padding: 24px; }
-h1 { font-size: 26px; margin: 0 0 4px } h2 { font-size: 20px; margin: 40px 0 8px; border-top: 1px solid #e4e7eb;
-  padding-top: 20px } h3 { font-size: 16px; margin: 28px 0 8px }
-p { margin: 6px 0; max-width: 75ch } .dim { color: #616e7c } .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-th, td { padding: 3px 10px; text-align: right; white-space: nowrap } th { color: #616e7c; font-weight: 600 }
-th:first-child, td:first-child { text-align: left } tr.first td { border-top: 1px solid #e4e7eb }
-.heat td { min-width: 34px } th.group { text-align: center }
-pre { background: #f5f7fa; padding: 10px 12px; overflow-x: auto; font-size: 13px }
-.charts { display: flex; flex-wrap: wrap; gap: 20px } svg { max-width: 100%; height: auto }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13px; margin: 6px 0 }
-.legend i { display: inline-block; width: 18px; height: 3px; border-radius: 2px; margin-right: 6px;
-  vertical-align: 3px }
-.panels { display: flex; flex-wrap: wrap; gap: 14px } figure { margin: 0; width: 240px; font-size: 13px }
-figure img { width: 100%; display: block } figcaption { overflow-wrap: anywhere }
-.right { color: #2b8a3e } .wrong { color: #c92a2a }
-details { margin: 8px 0 } summary { cursor: pointer; color: #334e68 } dl { display: grid; grid-template-columns:
-  max-content auto; gap: 2px 16px; font-size: 13px } dt { color: #616e7c } dd { margin: 0; overflow-wrap: anywhere }
-"""
+SHARE_OF_TOKENS = "visual tokens per LLM layer"
+ROWS_SHOWN = 40
+"""Of a table; longer ones are folded."""
 
 Record = Mapping[str, Any]
 
 
-def page(folders: Sequence[Path]) -> str:
-    """One page about the results in `folders`, which are folders of `mmcompress eval` or result files.
-
-    Raises:
-        InputError: a result is missing or none.
-        SpecError: another format of results.
-    """
-    sections = [_section(path if path.is_dir() else path.parent, load(path)) for path in folders]
+def page(sections: Sequence[str]) -> str:
+    """One page of sections about results."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>mmcompress report</title>
-<style>{_STYLE}</style></head><body>
+<style>{STYLE}</style></head><body>
 <h1>What compression costs and saves</h1>
 <p class="dim">Retained: a run's metric as a share of the unpruned model's on the same questions, with the 95 % interval
 of the same images drawn again for both. Tokens: visual tokens per LLM layer.</p>
@@ -64,74 +37,105 @@ of the same images drawn again for both. Tokens: visual tokens per LLM layer.</p
 """
 
 
-def _section(folder: Path, result: Record) -> str:
+def evaluation(folder: Path, result: Record) -> str:
+    """The section about the result of an evaluation, whose pictures are in `folder`.
+
+    Raises:
+        InputError: a picture is none of its own, or too large.
+    """
     questions = sum(len(suite["questions"]) for suite in result["suites"].values())
-    colours = _colours(result)
     parts = [
         f"<h2>{escape(result['model'])}</h2>",
         f'<p class="dim">{questions} questions of {escape(", ".join(result["suites"]))}; {len(result["runs"])} runs; '
-        f"seed {result['seed']}.</p>",
-        _charts(result, colours),
+        f"seed {escape(str(result['seed']))}.</p>",
+        _charts(result),
         _heat_map(result),
-        *(_suite(result, label) for label in result["suites"]),
+        _stages(result),
         _samples(folder, result),
-        _origin(result),
+        *(_suite(result, label) for label in result["suites"]),
+        origin(result),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _charts(result: Record, colours: Mapping[str, str]) -> str:
-    base = result["runs"][0]
-    by_tokens, by_bytes = (
-        _curves(result, colours, x) for x in (lambda run: run["share_of_tokens"], lambda run: run["kv_bytes"] / 1e6)
-    )
-    if not base.get("retained"):
+def origin(result: Record) -> str:
+    """The command that made a result, where, and what it had to leave out."""
+    facts = {name: value for name, value in result["environment"].items() if name != "command"}
+    left_out = result["left_out"]
+    listed = f"<details><summary>{len(left_out)} left out</summary>{_facts(left_out, 'long')}</details>"
+    command = escape(str(result["environment"]["command"]))
+    return f"<h3>Command and environment</h3><pre>{command}</pre>{_facts(facts)}{listed if left_out else ''}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], begin: Collection[int] = ()) -> str:
+    """Cells under a head, with a line above the rows that `begin` a group; folded if there are many."""
+    titles = "".join(f"<th>{escape(title).replace(chr(10), '<br>')}</th>" for title in head)
+    lines = ""
+    for number, cells in enumerate(rows):
+        kind = ' class="first"' if number in begin else ""
+        lines += f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+    drawn = f'<div class="scroll"><table><tr>{titles}</tr>{lines}</table></div>'
+    return drawn if len(rows) <= ROWS_SHOWN else f"<details><summary>{len(rows)} rows</summary>{drawn}</details>"
+
+
+def _facts(facts: Mapping[str, Any], kind: str = "short") -> str:
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
+    return f'<dl class="{kind}">{listed}</dl>'
+
+
+def _charts(result: Record) -> str:
+    if not result["runs"][0].get("retained"):
         return "<p>The unpruned model scores nothing here, so that nothing can be said of what is retained.</p>"
-    names = {curve.name: curve.colour for curve in by_tokens}
-    others = list(names.values()).count(GREY)
-    shown = [(name, colour) for name, colour in names.items() if colour != GREY]
-    shown += [(f"{others} others", GREY)] if others else []
-    legend = "".join(f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in shown)
-    charts = pareto(by_tokens, "visual tokens per LLM layer, share", percent=True) + pareto(
-        by_bytes, "KV cache per question, MB"
-    )
+    colours = _colours(result)
+    costs: dict[str, Callable[[Record], float]] = {
+        "time to the first token, ms per question": _first_token_ms,
+        SHARE_OF_TOKENS: lambda run: float(run["share_of_tokens"]),
+        "KV cache per question, MB": lambda run: float(run["kv_bytes"]) / 1e6,
+    }
+    drawn = {label: _curves(result, colours, cost) for label, cost in costs.items()}
+    charts = [pareto(curves, label, percent=label == SHARE_OF_TOKENS) for label, curves in drawn.items() if curves]
+    named = [(name, colour) for name, colour in colours.items() if colour != OTHER_COLOUR]
+    others = len(colours) - len(named)
+    shown = [*named, (f"{others} other{'s' if others > 1 else ''}", OTHER_COLOUR)] if others else named
+    legend = "".join(f'<span><i style="background: {colour}"></i>{escape(name)}</span>' for name, colour in shown)
     return (
-        "<h3>Retained against tokens and KV cache, mean over suites</h3>"
-        f'<div class="charts">{charts}</div><div class="legend">{legend}</div>'
+        "<h3>Retained against time, tokens and KV cache, mean over suites</h3>"
+        f'<div class="charts">{"".join(charts)}</div><div class="legend">{legend}</div>'
         '<p class="dim">Ringed: no other run retains more at less. Coloured: what retains most, averaged over all '
         "budgets. Bars: 95 % intervals. A point under the pointer says its name.</p>"
     )
 
 
-def _curves(result: Record, colours: Mapping[str, str], x: Any) -> list[Curve]:
+def _first_token_ms(run: Record) -> float:
+    return 1000 * report_stages.first_token(report_stages.mean_seconds(run))
+
+
+def _curves(result: Record, colours: Mapping[str, str], cost: Callable[[Record], float]) -> list[Curve]:
+    """What runs retain over what they cost, where it was measured."""
     points: dict[str, list[Point]] = {}
     for run in result["runs"]:
-        if run.get("retained"):
-            share = run["retained"]
-            points.setdefault(_family(run), []).append(
-                Point(x(run), 100 * share["value"], 100 * (share["margin"] or 0.0), run["label"])
+        share = run.get("retained")
+        if share and cost(run) > 0:
+            points.setdefault(report.family(run), []).append(
+                Point(cost(run), 100 * share["value"], 100 * (share["margin"] or 0.0), run["label"])
             )
-    return [Curve(name, colours[name], sorted(of)) for name, of in points.items()]
-
-
-def _family(run: Record) -> str:
-    """What makes a curve: runs that differ in their budget alone."""
-    name = run["method"] or "unpruned"
-    return f"{name}, KV {run['kv']}" if run["kv"] else name
+    curves = [Curve(name, colours[name], sorted(of)) for name, of in points.items()]
+    return sorted(curves, key=lambda curve: curve.colour != OTHER_COLOUR)
 
 
 def _colours(result: Record) -> dict[str, str]:
-    """The palette for the methods that retain most on average over all budgets, greys for all others."""
+    """Colours for the methods that retain most on average over all budgets, best first; one for all others."""
     shares: dict[str, list[float]] = {}
     for run in result["runs"]:
-        shares.setdefault(_family(run), []).append((run.get("retained") or {"value": 0.0})["value"])
-    plain = {"unpruned": "#1f2933", "random": DARK, "uniform": "#9aa5b1"}
+        shares.setdefault(report.family(run), []).append((run.get("retained") or {"value": 0.0})["value"])
+    plain = {name: colour for name, colour in PLAIN_COLOURS.items() if name in shares}
     budgets = max((len(of) for name, of in shares.items() if name not in plain), default=0)
     best = sorted(
         (name for name in shares if name not in plain and len(shares[name]) == budgets),
         key=lambda name: -sum(shares[name]),
     )
-    return {name: GREY for name in shares} | dict(zip(best, PALETTE, strict=False)) | plain
+    standing_out = plain | dict(zip(best, METHOD_COLOURS, strict=False))
+    return standing_out | {name: OTHER_COLOUR for name in shares if name not in standing_out}
 
 
 def _heat_map(result: Record) -> str:
@@ -140,11 +144,11 @@ def _heat_map(result: Record) -> str:
     budgets = list(dict.fromkeys(report.budget(run["keep"]) for run in runs))
     of: dict[str, dict[str, Record]] = {}
     for run in runs:
-        of.setdefault(_family(run), {})[report.budget(run["keep"])] = run
+        of.setdefault(report.family(run), {})[report.budget(run["keep"])] = run
     labels = list(result["suites"])
     groups = [*labels, "mean"] if len(labels) > 1 else labels
     head = "".join(f'<th class="group" colspan="{len(budgets)}">{escape(label)}</th>' for label in groups)
-    second = "".join(f"<th>{escape(budget)}</th>" for budget in budgets) * len(groups)
+    second = "".join(f"<th>{escape(_heading(budget))}</th>" for budget in budgets) * len(groups)
     lines = []
     for name, by_budget in of.items():
         shares = [
@@ -159,6 +163,10 @@ def _heat_map(result: Record) -> str:
     )
 
 
+def _heading(budget: str) -> str:
+    return budget if budget != report.NO_BUDGET else "own rule"
+
+
 def _share(run: Record | None, label: str | None) -> Record | None:
     """What a run retains in a suite, or over all of them."""
     if run is None:
@@ -168,14 +176,31 @@ def _share(run: Record | None, label: str | None) -> Record | None:
 
 
 def _heat(share: Record | None) -> str:
-    """A cell from red at half of the unpruned metric over white to green above it."""
+    """A cell that is red at half of the unpruned metric or less, green above all of it."""
     if share is None:
         return "<td></td>"
-    lost = max(0.0, min(1.0, 2 * (1 - share["value"])))
-    gained = max(0.0, min(1.0, 5 * (share["value"] - 1)))
-    colour = f"rgb({255 - 60 * gained:.0f},{255 - 130 * lost - 15 * gained:.0f},{255 - 165 * lost - 60 * gained:.0f})"
+    lost, gained = min(1.0, 2 * (1 - share["value"])), min(1.0, 5 * (share["value"] - 1))
+    colour = f"rgb(var(--lost) / {0.75 * lost:.2f})" if lost > 0 else f"rgb(var(--gained) / {0.6 * gained:.2f})"
     ends = report.percent(share) if "low" in share else ""
-    return f'<td style="background:{colour}" title="{escape(ends)}">{100 * share["value"]:.1f}</td>'
+    return f'<td style="background: {colour}" title="{escape(ends)}">{100 * share["value"]:.1f}</td>'
+
+
+def _stages(result: Record) -> str:
+    """Bars of all runs, those of the middle budget shown."""
+    groups = report_stages.by_budget(result)
+    if not groups:
+        return ""
+    shown = list(groups)[(len(groups) - 1) // 2]
+    folded = "".join(
+        f"<details{' open' if budget == shown else ''}><summary>{escape(_heading(budget))}</summary>"
+        f"{report_stages.html(bars)}</details>"
+        for budget, bars in groups.items()
+    )
+    return (
+        "<h3>Time by stage and budget</h3>"
+        '<p class="dim">Per question, medians, mean over suites; behind each bar: milliseconds to the first token + '
+        "decoding. Encoder: with the projector, and as if nothing had been reused.</p>" + folded
+    )
 
 
 def _suite(result: Record, label: str) -> str:
@@ -184,17 +209,12 @@ def _suite(result: Record, label: str) -> str:
     problems = "".join(f"<p class='wrong'>{escape(line)}</p>" for line in report.problem_lines(label, suite))
     if not suite["questions"]:
         return title + problems
-    head = "".join(
-        f"<th>{escape(name)}<br>{escape(unit) or '&nbsp;'}</th>" for name, unit in report.columns(result, label)
-    )
-    lines, before = [], None
-    for run, cells in zip(result["runs"], report.rows(result, label), strict=True):
-        first = ' class="first"' if (run["keep"], run["kv"]) != before else ""
-        before = (run["keep"], run["kv"])
-        lines.append(f"<tr{first}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    head = [f"{name}\n{unit or chr(160)}" for name, unit in report.columns(result, label)]
+    budgets = [(run["keep"], run["kv"]) for run in result["runs"]]
+    begin = {number for number in range(len(budgets)) if number == 0 or budgets[number] != budgets[number - 1]}
     notes = "".join(f"<p class='dim'>{escape(note)}</p>" for note in report.notes(result, label))
-    table = f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
-    return f"{title}{problems}{table}<details><summary>What the columns mean</summary>{notes}</details>"
+    drawn = table(head, report.rows(result, label), begin)
+    return f"{title}{problems}{drawn}<details><summary>What the columns mean</summary>{notes}</details>"
 
 
 def _samples(folder: Path, result: Record) -> str:
@@ -203,8 +223,7 @@ def _samples(folder: Path, result: Record) -> str:
         suite = result["suites"][sample["suite"]]
         number = next(at for at, question in enumerate(suite["questions"]) if question["id"] == sample["question"])
         question = suite["questions"][number]
-        figures = [_figure(folder, result["runs"][panel["run"]], sample["suite"], number, panel["file"])
-                   for panel in sample["panels"]]  # fmt: skip
+        figures = [_figure(folder, result, sample["suite"], number, panel) for panel in sample["panels"]]
         answers = ", ".join(dict.fromkeys(question["answers"]))
         shown.append(
             f"<p><b>{escape(question['prompt'])}</b><br><span class='dim'>{escape(sample['suite'])}; right: "
@@ -212,15 +231,26 @@ def _samples(folder: Path, result: Record) -> str:
         )
     if not shown:
         return ""
-    note = "Questions that the unpruned model answers and on which runs differ most; dropped patches are dimmed."
+    note = (
+        "Questions that the unpruned model answers and on which runs differ most; dropped patches are dimmed. The "
+        "answer of the run, and that of the unpruned model."
+    )
     return f"<h3>What was kept, and what was answered</h3><p class='dim'>{note}</p>{''.join(shown)}"
 
 
-def _figure(folder: Path, run: Record, label: str, number: int, file: str) -> str:
+def _figure(folder: Path, result: Record, label: str, number: int, panel: Record) -> str:
+    run, unpruned = result["runs"][panel["run"]], result["runs"][0]
+    note = f", {panel['note']}" if panel.get("note") else ""
+    before = "" if run is unpruned else f"<br><span class='dim'>unpruned:</span> {_answer(unpruned, label, number)}"
+    caption = f"{escape(run['label'] + note)}<br>{_answer(run, label, number)}{before}"
+    return f"<figure>{_image(folder, panel['file'])}<figcaption>{caption}</figcaption></figure>"
+
+
+def _answer(run: Record, label: str, number: int) -> str:
     found = run["suites"][label]
     verdict = "right" if found["scores"][number] >= 0.5 else "wrong"
-    caption = f"{escape(run['label'])}: <b class='{verdict}'>{escape(found['answers'][number]) or '(nothing)'}</b>"
-    return f"<figure>{_image(folder, file)}<figcaption>{caption}</figcaption></figure>"
+    mark = "✓" if verdict == "right" else "✗"
+    return f"<b class='{verdict}'>{mark} {escape(found['answers'][number]) or '(nothing)'}</b>"
 
 
 def _image(folder: Path, file: str) -> str:
@@ -233,12 +263,3 @@ def _image(folder: Path, file: str) -> str:
     if len(data) > MAX_PANEL_BYTES:
         raise InputError(f"{path} is too large for a picture of a report.")
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
-
-
-def _origin(result: Record) -> str:
-    facts = {name: value for name, value in result["environment"].items() if name != "command"}
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
-    left_out = "".join(f"<dt>{escape(what)}</dt><dd>{escape(why)}</dd>" for what, why in result["left_out"].items())
-    skipped = f"<details><summary>Runs left out</summary><dl>{left_out}</dl></details>" if left_out else ""
-    command = escape(str(result["environment"]["command"]))
-    return f"<h3>Environment and command</h3><pre>{command}</pre><dl>{listed}</dl>{skipped}"

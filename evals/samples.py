@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image, ImageOps
 
-from mmcompress.evals.overlay import original, overlay
+from mmcompress.evals.overlay import kept, resized, tokens_kept
 from mmcompress.evals.record import Asked, Record
 from mmcompress.evals.runner import Run, configure, encode
 from mmcompress.evals.suites.base import Question
@@ -19,10 +19,11 @@ PER_SUITE = 2
 
 
 class Panel(NamedTuple):
-    """What the run of that number kept of a picture; the unpruned one has the picture itself."""
+    """What the run of that number kept of a picture, and how many tokens; the unpruned one has the picture itself."""
 
     run: int
     picture: Image.Image
+    note: str = ""
 
 
 def samples(
@@ -45,7 +46,7 @@ def panels(model: Any, processor: Any, question: Question, result: Record, runs:
     pictures = {picture: picture.open() for picture in question.images}
     inputs = encode(model, processor, [question], pictures)
     seen = as_seen(model, processor, pictures[question.images[0]])
-    drawn = [Panel(0, original(seen, "unpruned"))]
+    drawn = [Panel(0, resized(seen))]
     for number in runs:
         run = Run(*(result["runs"][number][name] for name in Run._fields))
         with wrap(model, configure(*run)) as handle, torch.inference_mode():
@@ -53,7 +54,8 @@ def panels(model: Any, processor: Any, question: Question, result: Record, runs:
             trace = handle.trace[0]
         chosen = len(trace.selection) < sum(rows * columns for rows, columns in trace.grids)
         if chosen and len(trace.grids) <= 2:
-            drawn.append(Panel(number, overlay(seen, trace.grids, trace.selection, str(run.method))))
+            picture = kept(seen, trace.grids, trace.selection)
+            drawn.append(Panel(number, picture, tokens_kept(trace.grids, trace.selection)))
     return drawn
 
 
@@ -76,7 +78,7 @@ def save(found: Sequence[tuple[str, Question, list[Panel]]], out: Path) -> list[
         for panel in drawn:
             path = folder / f"{number}-{panel.run}.jpg"
             panel.picture.save(path, quality=85)
-            files.append({"run": panel.run, "file": f"samples/{path.name}"})
+            files.append({"run": panel.run, "file": f"samples/{path.name}", "note": panel.note})
         saved.append({"suite": label, "question": question.id, "panels": files})
     return saved
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from mmcompress.accounting import ItemStats, LLMShape, StageSeconds, Stats
-from mmcompress.integrations.hf.door import llm_shape
+from mmcompress.integrations.hf.account import llm_shape
 
 CONFIGS = {
     "grouped": dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8),

@@ -10,6 +10,7 @@ _PLACELESS = frozenset({"side", "relation"})
 UNLEARNT: Mapping[str, frozenset[str]] = {
     "micro-llava": _UNREAD | _PLACELESS,
     "micro-llava-nodrop": _UNREAD | _PLACELESS,
+    "micro-llava-m3": _UNREAD | _PLACELESS,
     "micro-qwen2.5-vl": _UNREAD | {"relation"},
 }
 """Forms of questions that a model was not taught, or answers no better than by chance: its tables leave them out."""

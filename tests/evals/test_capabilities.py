@@ -11,7 +11,7 @@ from mmcompress.integrations.hf.capability import Capability, models
 from mmcompress.integrations.hf.families import FAMILIES
 from mmcompress.integrations.vllm.capability import FAMILIES as IN_VLLM
 from mmcompress.integrations.vllm.capability import capability as vllm_capability
-from mmcompress.registry import METHODS
+from mmcompress.registry import METHODS, POLICIES
 from mmcompress.spec import Spec
 from mmcompress.types import Needs
 
@@ -23,8 +23,25 @@ def found() -> dict[str, dict[str, Capability]]:
     return capabilities.measure(METHODS.names())
 
 
-def test_the_page_is_what_the_registry_says(found: dict[str, dict[str, Capability]]) -> None:
-    assert PAGE.read_text() == capabilities.markdown(found), "run: mmcompress list --markdown > docs/methods-matrix.md"
+@pytest.fixture(scope="module")
+def policies() -> dict[str, dict[str, Capability]]:
+    return capabilities.measure_policies(POLICIES.names())
+
+
+def test_the_page_is_what_the_registry_says(
+    found: dict[str, dict[str, Capability]], policies: dict[str, dict[str, Capability]]
+) -> None:
+    page = capabilities.markdown(found, policies)
+    assert PAGE.read_text() == page, "run: mmcompress list --markdown > docs/methods-matrix.md"
+
+
+def test_every_policy_is_asked_of_every_family(policies: dict[str, dict[str, Capability]]) -> None:
+    assert {tuple(by_family) for by_family in policies.values()} == {(*FAMILIES, "in vLLM")}
+    in_vllm = [name for name, by_family in policies.items() if by_family["in vLLM"].needs is not None]
+    assert in_vllm == ["quest", "streamingllm"]
+    assert "--kv-cache-dtype" in policies["kivi"]["in vLLM"].reason
+    assert "take streamingllm" in policies["snapkv"]["in vLLM"].reason
+    assert "take quest" in policies["tidaldecode"]["in vLLM"].reason
 
 
 def test_every_method_is_asked_of_every_family(found: dict[str, dict[str, Capability]]) -> None:

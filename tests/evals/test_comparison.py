@@ -25,7 +25,7 @@ from mmcompress.evals.answers import Answers, Key
 from mmcompress.evals.comparison import Comparison, Terms
 from mmcompress.evals.demo import load_micro
 from mmcompress.evals.processes import ALONE
-from mmcompress.evals.report_html import page
+from mmcompress.evals.report_file import page
 from mmcompress.evals.runner import Run, Spent
 from mmcompress.evals.suites import configure
 
@@ -286,19 +286,31 @@ def test_answers_under_other_conditions_are_not_mixed(compare: Callable[..., Any
             compare(tmp_path, **other)
 
 
-def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
-    result = {"format": record.FORMAT, "version": record.VERSION + 1}
-    (tmp_path / "results.json").write_text(json.dumps(result))
-    with pytest.raises(SpecError, match=f"version {record.VERSION + 1} of its format; this mmcompress reads"):
-        record.load(tmp_path)
-    (tmp_path / "results.json").write_text('{"questions": []}')
-    with pytest.raises(InputError, match="no result of mmcompress eval"):
-        record.load(tmp_path)
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(InputError, match="no JSON"):
-        record.load(tmp_path)
-    with pytest.raises(InputError, match="does not exist"):
-        record.load(tmp_path / "nowhere")
+def test_answers_of_other_weights_are_not_mixed(compare: Callable[..., Any], tmp_path: Path) -> None:
+    compare(tmp_path)
+    path = tmp_path / "conditions.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "those before"}))
+    with pytest.raises(SpecError, match="weights was those before, is"):
+        compare(tmp_path)
+
+
+def test_answers_of_another_version_are_not_mixed(tmp_path: Path) -> None:
+    Answers(tmp_path, {}).close()
+    path = tmp_path / "conditions.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 0}))
+    with pytest.raises(SpecError, match="version was 0, is 1"):
+        Answers(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--backend", "vlm"), "Did you mean 'vllm'"),
+        (("--engine", "{}"), "--engine goes with --backend vllm"),
+    ],
+)
+def test_backends_are_chosen_by_name(options: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    assert reason in fail(*ASK, *options, "--out", tmp_path)
 
 
 @pytest.mark.parametrize("line", ["{nonsense", "[]", "{}", '{"suite": 1}'])

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 from test_cli import fail, succeed
 
-from mmcompress.evals import record, report
-from mmcompress.evals.report_html import page
-from mmcompress.evals.report_svg import Curve, Point, front, pareto
+from mmcompress.evals import record, report, report_stages
+from mmcompress.evals.bench import latency
+from mmcompress.evals.report_file import page
+from mmcompress.evals.report_svg import MOST_TICKS, Curve, Point, front, pareto, ticks
 
 VOID = {"meta", "br", "img"}
 EVIL = '<script>alert("x")</script> & <img src=x onerror=1>'
@@ -83,7 +84,7 @@ class Outline(HTMLParser):
 def test_the_page_is_whole_and_needs_no_network(evaluated: Path) -> None:
     outline = Outline(page([evaluated]))
     tags = [tag for tag, _ in outline.tags]
-    assert tags.count("svg") == 2 and not {"script", "link", "iframe", "object"} & set(tags)
+    assert tags.count("svg") == 3 and not {"script", "link", "iframe", "object"} & set(tags)
     for tag, attributes in outline.tags:
         assert not [name for name in attributes if name.startswith("on") or name == "href"], tag
         source = attributes.get("src")
@@ -105,8 +106,11 @@ def test_the_page_says_what_the_result_says(evaluated: Path) -> None:
     methods = {run["method"] for run in result["runs"]}
     assert len(sample["panels"]) == len(methods) == 5
     number = [asked["id"] for asked in result["suites"]["microvqa"]["questions"]].index(sample["question"])
+    unpruned = result["runs"][0]["suites"]["microvqa"]["answers"][number]
+    assert outline.text.count("unpruned:") == sum(len(one["panels"]) - 1 for one in result["samples"])
     for panel in sample["panels"]:
-        assert result["runs"][panel["run"]]["suites"]["microvqa"]["answers"][number] in text
+        assert result["runs"][panel["run"]]["suites"]["microvqa"]["answers"][number] in text and unpruned in text
+        assert panel["note"] in text and (not panel["note"]) == (panel["run"] == 0)
         with Image.open(evaluated / panel["file"]) as image:
             assert image.width >= 300
     assert sum(tag == "img" for tag, _ in outline.tags) == sum(len(one["panels"]) for one in result["samples"])
@@ -150,24 +154,45 @@ def test_tables_and_csv(evaluated: Path, tmp_path: Path) -> None:
     assert cells[3]["exact match"].startswith(f"{100 * found[3]['metrics']['exact match']:.1f} ±")
 
 
-@pytest.mark.parametrize("name", ["micro-llava", "micro-llava-all", "micro-qwen2.5-vl"])
-def test_committed_results_can_be_reported(name: str) -> None:
-    folder = Path(__file__).parents[2] / "evals" / "results" / name
-    result = record.load(folder)
-    assert report.markdown(result) == (folder / "table.md").read_text()
+COMMITTED = sorted(
+    path.parent
+    for path in (Path(__file__).parents[2] / "evals" / "results").glob("*/results.json")
+    if json.loads(path.read_text()).get("format") in (record.FORMAT, latency.FORMAT)
+)
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_results_can_be_reported(folder: Path) -> None:
     Outline(page([folder]))
+    if json.loads((folder / "results.json").read_text())["format"] == record.FORMAT:
+        assert report.markdown(record.load(folder)) == (folder / "table.md").read_text()
 
 
 def test_reports_of_nothing_are_refused(tmp_path: Path, evaluated: Path) -> None:
-    assert "does not exist" in fail("report", tmp_path, "--out", tmp_path / "report.html")
+    assert "does not exist" in fail("report", tmp_path / "gone", "--out", tmp_path / "report.html")
     assert "a report ends in .html, .md, .csv" in fail("report", evaluated, "--out", tmp_path / "report.pdf")
+
+
+def test_bars_show_the_stages_of_the_record(evaluated: Path) -> None:
+    result = record.load(evaluated)
+    groups = report_stages.by_budget(result)
+    assert list(groups) == ["25%", "25"] and [bar.name for bar in groups["25%"]][:2] == ["unpruned", "random"]
+    for bar, run in zip(groups["25%"][1:], result["runs"][1:], strict=False):
+        seconds = run["suites"]["microvqa"]["cost"]["seconds"]
+        assert bar.seconds == seconds and bar.name == run["method"]
+        assert (
+            bar.said == f"{1000 * (sum(seconds.values()) - seconds['decode']):.1f} + {1000 * seconds['decode']:.1f} ms"
+        )
+    widths = [float(width) for width in re.findall(r"width: ([\d.]+)%", report_stages.html(groups["25%"]))]
+    stages = len(result["runs"][0]["suites"]["microvqa"]["cost"]["seconds"])
+    lengths = [sum(widths[first : first + stages]) for first in range(0, len(widths), stages)]
+    assert len(lengths) == len(groups["25%"]) and max(lengths) == pytest.approx(100, abs=0.1)
 
 
 def test_a_model_that_scores_nothing_has_no_shares(evaluated: Path, tmp_path: Path) -> None:
     result = record.load(evaluated)
     for run in result["runs"]:
         run["retained"] = run["suites"]["microvqa"]["retained"] = None
-    (tmp_path / "results.json").write_text(json.dumps(result))
     result["samples"] = []
     record.save(
         {name: part for name, part in result.items() if name not in ("format", "version")}, tmp_path / "results.json"
@@ -189,10 +214,17 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_charts_place_points_by_logarithm() -> None:
     curve = Curve("m", "#000000", [Point(x, 90.0, 2.0, f"at {x}") for x in (0.1, 0.2, 0.4)])
     drawn = pareto([curve], "share", percent=True)
-    left, middle, right = (float(x) for x in re.findall(r'<circle cx="([\d.]+)" cy="[\d.]+" r="3.2"', drawn))
+    left, middle, right = (float(x) for x in re.findall(r'<circle class="dot" cx="([\d.]+)"', drawn))
     assert math.isclose(middle - left, right - middle, abs_tol=0.2) and right > left
     assert ">10%<" in drawn and ">20%<" in drawn and "at 0.2: 90.0" in drawn
     assert "nan" not in pareto([Curve("m", "#000", [Point(1.0, 100.0, 0.0, "only")])], "one point")
+
+
+@pytest.mark.parametrize(("low", "high"), [(40, 80), (72, 140), (0.04, 1.1), (3, 10), (90, 110), (0.6, 1.6), (1, 2e4)])
+def test_ticks_are_round_and_not_too_many(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= MOST_TICKS and all(low <= tick <= high for tick in found) and found == sorted(found)
+    assert all(len(f"{tick:.6g}".strip("0.").replace(".", "")) <= 3 for tick in found)
 
 
 @pytest.mark.slow
@@ -201,19 +233,33 @@ def test_a_browser_shows_the_page(evaluated: Path, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     assert browser, "install Chromium: apt-get install chromium"
     succeed("report", evaluated, "--out", tmp_path / "report.html")
-    shot = tmp_path / "report.png"
-    flags = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--window-size=1150,1600",
-        f"--user-data-dir={tmp_path}/profile",
-    )
-    command = [browser, *flags, f"--screenshot={shot}", (tmp_path / "report.html").as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    with Image.open(shot) as image:
-        seen = image.convert("RGB")
-    colours: Any = seen.getcolors(seen.width * seen.height)
-    drawn = {colour for _, colour in colours}
-    assert seen.size == (1150, 1600) and len(drawn) > 500
-    assert (11, 110, 153) in drawn and (217, 72, 15) in drawn  # the curves of two methods
+
+    def seen(width: int, *more: str) -> Image.Image:
+        shot = tmp_path / "report.png"
+        flags = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--window-size={width},1600",
+            *more,
+        )
+        profile = f"--user-data-dir={tmp_path}/profile"
+        command = [browser, *flags, profile, f"--screenshot={shot}", (tmp_path / "report.html").as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        with Image.open(shot) as image:
+            assert image.size == (width, 1600)
+            return image.convert("RGB")
+
+    def colours(image: Image.Image) -> set[Any]:
+        return {colour for _, colour in image.getcolors(image.width * image.height) or ()}
+
+    for width in (1280, 480):
+        light = seen(width)
+        assert light.getpixel((1, 1)) == (255, 255, 255) and len(colours(light)) > 500
+        assert {(11, 110, 153), (217, 72, 15)} <= colours(light)  # the curves of two methods
+        # What is too wide scrolls by itself, so that nothing reaches the edge of the page.
+        edge = light.crop((width - 8, 0, width, 1600))
+        assert colours(edge) == {(255, 255, 255)}
+    dark = seen(1280, "--blink-settings=preferredColorScheme=0")
+    assert dark.getpixel((1, 1)) == (20, 24, 29) and {(77, 171, 247), (255, 146, 43)} <= colours(dark)

@@ -28,7 +28,7 @@ _FINAL_RATE = 0.03
 _BETAS = (0.9, 0.98)
 _WEIGHT_DECAY = 0.02
 _MAX_GRADIENT = 1.0
-# Encoder states have a large common part; at the full rate the projector makes all visual tokens alike and huge.
+# Encoder states have a large common part; at the full rate a fresh projector makes all visual tokens alike and huge.
 _SLOW = 0.2
 # Fresh read-outs of a finished model are linear and have little time.
 _FRESH = 4.0
@@ -151,7 +151,7 @@ class Trainer:
         heads = self.modules.head_parameters()
         groups: dict[tuple[float, int], list[nn.Parameter]] = {}
         for weight in stage.trained:
-            factor, still = _SLOW if weight in stage.slow else 1.0, 0
+            factor, still = _SLOW if weight in stage.slow and not self.recipe.continued else 1.0, 0
             if fresh_heads and weight in heads:
                 factor = _FRESH
             elif fresh_heads:
