@@ -46,6 +46,10 @@ TABLES: dict[str, Sequence[Step]] = {
         Step("mmcompress eval --method 'all,cdpruner(text_tower=evals/micro/models/micro-llava/text-tower)'")
     ],
     "micro-llava-in-llm": [Step(f"mmcompress eval --method {shlex.quote(_IN_LLM)} --keep 0.75,0.5,0.4,0.3")],
+    "micro-llava-m3": [
+        Step(f"mmcompress eval {model} --method m3,todre,divprune --keep 64,16,4,1", into)
+        for model, into in (("micro-llava-m3", "trained"), ("micro-llava", "untrained"))
+    ],
     "kv-micro-llava": [
         Step(f"mmcompress calibrate micro-llava --out {_CALIBRATION}"),
         Step(
@@ -56,7 +60,7 @@ TABLES: dict[str, Sequence[Step]] = {
 }
 QUESTIONS_OF_A_SCENE = 2.7
 _PROGRAMS = {"mmcompress": [sys.executable, "-m", "mmcompress.cli"], "python": [sys.executable]}
-_LEFT_BEHIND = ("answers-*.jsonl", "conditions.json", "report.html")
+_LEFT_BEHIND = ("**/answers-*.jsonl", "**/conditions.json", "**/report.html", "**/samples/*")
 
 
 def arguments(step: Step, folder: Path, questions: int | None = None) -> list[str]:

@@ -10,13 +10,13 @@ import pytest
 from mmcompress.evals.micro import MODELS, Question
 from mmcompress.evals.micro.card import ACCURACY, accuracies, card, fresh
 from mmcompress.evals.micro.questions import TYPES
-from mmcompress.evals.micro.training.recipes import find_recipe
+from mmcompress.evals.micro.training.recipes import RECIPES
 from mmcompress.evals.micro.training.trainer import CURVES, LOG
 from mmcompress.evals.runner import Answer
 
 
 def test_fresh_questions_are_the_same_every_time() -> None:
-    recipe = find_recipe("micro-qwen2.5-vl")
+    recipe = RECIPES["micro-qwen2.5-vl"]
     exam, again = fresh(recipe, 40), fresh(recipe, 40)
     assert len(exam.questions) == 40 and exam.questions == again.questions
     assert {asked.image for asked in exam.questions} <= set(exam.pictures)
@@ -35,7 +35,7 @@ def test_accuracies_by_type_and_form() -> None:
     assert table["read"]["invalid"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name in RECIPES])
 def test_the_committed_card_is_of_the_committed_record(name: str) -> None:
     folder = MODELS[name]
     record = json.loads((folder / ACCURACY).read_text())
@@ -48,7 +48,14 @@ def test_the_committed_card_is_of_the_committed_record(name: str) -> None:
 def test_models_are_small(name: str) -> None:
     files = [path for path in MODELS[name].rglob("*") if path.is_file()]
     assert not [path for path in files if path.stat().st_size > 16 * 2**20 or path.suffix in (".pt", ".new")]
-    assert find_recipe(name) is not None
+    assert (MODELS[name] / "README.md").exists()
+
+
+def test_a_matryoshka_model_says_what_it_was_trained_for() -> None:
+    folder = MODELS["micro-llava-m3"]
+    scales = json.loads((folder / "config.json").read_text())["matryoshka_scales"]
+    trained = [json.loads(row)["budget"] for row in (folder / LOG).read_text().splitlines()]
+    assert scales == sorted({*trained}) == [1, 4, 16, 64, 256]
 
 
 def test_the_model_in_the_wheel_is_small() -> None:
