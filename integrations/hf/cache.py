@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 
 from mmcompress.errors import UnsupportedError
 from mmcompress.integrations.hf.draft import Reading
+from mmcompress.integrations.hf.renamed import CACHE
 from mmcompress.kv_policy import Quantiser
 from mmcompress.sparse_reader import Summary
 
@@ -347,9 +348,9 @@ def layer_mask(
         config=config,
         inputs_embeds=embeds,
         attention_mask=padding_mask(mask, cache),
-        past_key_values=cache,
         position_ids=None,
         layer_idx=layer,
+        **{CACHE: cache},
     )
 
 

@@ -36,6 +36,7 @@ from mmcompress.integrations.hf.llm_stage import LLMStage, eagerly
 from mmcompress.integrations.hf.projector_stage import ProjectorStage
 from mmcompress.integrations.hf.quant_stage import QuantStage
 from mmcompress.integrations.hf.removal import Remover
+from mmcompress.integrations.hf.renamed import CACHE
 from mmcompress.integrations.hf.sparse_stage import SparseStage
 from mmcompress.integrations.hf.vision import Vision
 from mmcompress.kv_policy import Ahead
@@ -182,7 +183,7 @@ class Door:
     def _before_decoder(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        visual, cache = self._forward.visual, kwargs.get("past_key_values")
+        visual, cache = self._forward.visual, kwargs.get(CACHE)
         ahead = self._forward.call.ahead
         self._forward.call = Call()
         if not visual and not isinstance(cache, PrunedCache) and self.kv_stage is None and self.listener is None:
@@ -218,7 +219,7 @@ class Door:
             self.listener.tell(call, current, positions)
         if state.shift is not None:
             positions = positions - state.shift[:, None]
-        kwargs = {**kwargs, "past_key_values": call.cache}
+        kwargs = {**kwargs, CACHE: call.cache}
 
         valid, prompt = current, None
         if call.visual:
@@ -260,8 +261,8 @@ class Door:
                 inputs_embeds=self._family.base.get_input_embeddings()(told.ids),
                 attention_mask=told.valid.long(),
                 position_ids=told.positions,
-                past_key_values=call.cache,
                 use_cache=True,
+                **{CACHE: call.cache},
             )
         finally:
             self._forward.visual, self._forward.call = visual, call

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 from mmcompress import ops
 from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.families import FAMILIES, Family
+from mmcompress.integrations.hf.renamed import CACHE
 from mmcompress.integrations.hf.taps import tap
 from mmcompress.types import DraftNeeds
 
@@ -215,8 +216,8 @@ class Draft:
             input_ids=told.ids,
             attention_mask=valid.long(),
             position_ids=told.positions,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
             **inputs,
         )
         hidden: Tensor = output.last_hidden_state

@@ -21,6 +21,7 @@ from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.cache import PrunedCache, Stretch, layer_mask
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.llm_run import Prompt, Removed, Run
+from mmcompress.integrations.hf.renamed import CACHE
 from mmcompress.integrations.hf.taps import tap
 from mmcompress.llm_method import LLMFacts, LLMMethod, LLMNeeds, PromptRow, RowAttention
 from mmcompress.types import Positions, Selection
@@ -245,7 +246,7 @@ class LLMStage:
                 hidden_states=module.input_layernorm(hidden),
                 position_embeddings=rotary,
                 attention_mask=None,
-                past_key_values=None,
+                **{CACHE: None},
             )
         except _Probed:
             pass
