@@ -60,7 +60,7 @@ def test_vllm_does_on_every_family_what_it_does_on_llava(found: dict[str, dict[s
         for name, by_family in found.items():
             there, here = by_family[family], by_family["in vLLM"]
             both = Spec(name, None, {**there.spec.options, **here.spec.options})
-            stitched = METHODS.get(name).info.stage == "projector" and family != "llava"  # see integrations/vllm/nested.py
+            stitched = METHODS.get(name).info.stage == "projector" and family != "llava"  # vLLM stitches at once
             possible = there.needs is not None and here.needs is not None and not stitched
             assert (vllm_capability(model, both).needs is not None) == possible, (name, family)
 
