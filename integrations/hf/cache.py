@@ -344,13 +344,14 @@ def layer_mask(
     config: PretrainedConfig, embeds: Tensor, mask: Tensor, cache: PrunedCache | None, layer: int = 0
 ) -> Any:
     """What decoder layer `layer` takes as attention mask where `mask` `[batch, stored + new]` tells what is real."""
+    stored: dict[str, Any] = {CACHE: cache}
     return create_causal_mask(
         config=config,
         inputs_embeds=embeds,
         attention_mask=padding_mask(mask, cache),
         position_ids=None,
         layer_idx=layer,
-        **{CACHE: cache},
+        **stored,
     )
 
 
