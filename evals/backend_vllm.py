@@ -15,8 +15,11 @@ from rich.console import Console
 from mmcompress.accounting import StageSeconds
 from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.evals.answers import Answers, Key
-from mmcompress.evals.comparison import Terms, prepare, progress_bar
+from mmcompress.evals.backends import Terms, prepare
+from mmcompress.evals.environment import model_facts
 from mmcompress.evals.micro import MODELS
+from mmcompress.evals.processes import Processes
+from mmcompress.evals.progress import counting
 from mmcompress.evals.record import Asked
 from mmcompress.evals.runner import Run, Spent, batches, configure, prompt
 from mmcompress.evals.suites.base import Question
@@ -69,12 +72,21 @@ class VLLM:
 
         return {"backend": self.name, "vllm": __version__, "engine": dict(self.settings)}
 
-    @property
-    def device(self) -> str:
-        """Where it runs."""
+    def place(self, processes: Processes) -> str:
+        """Beside the engine, on the CPU.
+
+        Raises:
+            SpecError: there are several processes.
+        """
+        if processes.count > 1:
+            raise SpecError("--backend vllm shares the work itself: --engine '{\"tensor_parallel_size\": 2}'.")
+        return "cpu"
+
+    def facts(self, model: Any) -> dict[str, Any]:
+        """What is told of where answers come from."""
         from vllm.platforms import current_platform
 
-        return str(current_platform.get_device_name())
+        return model_facts(model) | self.conditions | {"device": str(current_platform.get_device_name())}
 
     def capability(self, model: Any, name: str) -> Capability:
         """What comes of a method on `model`, with the fewest options that it needs."""
@@ -113,16 +125,17 @@ class VLLM:
             "dtype": str(model.dtype).removeprefix("torch."),
             "limit_mm_per_prompt": {"image": images},
         }
-        with progress_bar(console) as progress:
+        with counting(console, transient=True) as progress:
             total = sum(len(questions) for work in lacking.values() for _, questions in work)
             task = progress.add_task("answering", total=total)
             for run, work in lacking.items():
                 if not work:
                     continue
+                costs = _Costs(model, run)
                 with self._engine(run, terms.model, usual) as llm:
                     for suite, questions in work:
                         for batch in batches(questions, terms.batch_size):
-                            answers.add(_answers(llm, model, processor, suite, batch, run))
+                            answers.add(_answers(llm, model, processor, suite, batch, costs))
                             progress.advance(task, len(batch))
 
     @contextmanager
@@ -155,7 +168,7 @@ def _lacking(run: Run, suites: Sequence[Asked], answers: Answers) -> list[tuple[
 
 
 def _answers(
-    llm: Any, model: Any, processor: Any, suite: Asked, batch: Sequence[Question], run: Run
+    llm: Any, model: Any, processor: Any, suite: Asked, batch: Sequence[Question], costs: _Costs
 ) -> Iterator[tuple[Key, str, Spent]]:
     """Greedy answers to the questions of a batch that can be asked."""
     from vllm import SamplingParams
@@ -177,30 +190,36 @@ def _answers(
     seconds = time.perf_counter() - start
     for question, inputs, output in zip(asked, fields, outputs, strict=True):
         text = processor.decode(list(output.outputs[0].token_ids), skip_special_tokens=True)
-        spent = _spent(model, run, question, inputs, len(output.prompt_token_ids), seconds / len(asked))
-        yield Key.of(suite.label, question.id, run), text, spent
+        spent = costs.of(len(question.images), inputs, len(output.prompt_token_ids), seconds / len(asked))
+        yield Key.of(suite.label, question.id, costs.run), text, spent
 
 
-def _spent(model: Any, run: Run, question: Question, inputs: Any, entered: int, seconds: float) -> Spent:
-    """What an answer cost whose prompt entered the LLM as so many tokens.
+class _Costs:
+    """What the answers of a run cost.
 
     vLLM does all stages of many questions in the same steps, so that their time is booked as one, under prefill.
     """
-    config = configure(*run)
-    compression = Compression.build(Settings(config), model)
-    call = {name: value.cpu() for name, value in inputs.items() if name in ("image_sizes", "image_grid_thw")}
-    layouts = compression.layouts(len(question.images), compression.call(call))
-    sizes = [int((~layout.separator).sum()) for layout in layouts]
-    kept = sum(compression.settings.keep.tokens(size) for size in sizes)
-    shape = llm_shape(model.base_model.get_decoder())
-    plan = KVPlan.of(config)
-    held = entered if plan is None or plan.window is None else plan.entries(entered)
-    return Spent(
-        items=len(question.images),
-        tokens=sum(sizes),
-        kept=kept,
-        in_layers=kept,
-        prefill_flops=shape.prefill_flops([entered] * shape.layers),
-        kv_bytes=shape.kv_bytes([held] * shape.layers),
-        seconds=vars(StageSeconds(prefill=seconds)),
-    )
+
+    def __init__(self, model: Any, run: Run) -> None:
+        config = configure(*run)
+        self.run = run
+        self._compression = Compression.build(Settings(config), model)
+        self._plan = KVPlan.of(config)
+        self._shape = llm_shape(model.base_model.get_decoder())
+
+    def of(self, images: int, inputs: Any, entered: int, seconds: float) -> Spent:
+        """An answer about so many images whose prompt entered the LLM as so many tokens."""
+        call = {name: value.cpu() for name, value in inputs.items() if name in ("image_sizes", "image_grid_thw")}
+        layouts = self._compression.layouts(images, self._compression.call(call))
+        sizes = [int((~layout.separator).sum()) for layout in layouts]
+        kept = sum(self._compression.settings.keep.tokens(size) for size in sizes)
+        held = entered if self._plan is None or self._plan.window is None else self._plan.entries(entered)
+        return Spent(
+            items=images,
+            tokens=sum(sizes),
+            kept=kept,
+            in_layers=kept,
+            prefill_flops=self._shape.prefill_flops([entered] * self._shape.layers),
+            kv_bytes=self._shape.kv_bytes([held] * self._shape.layers),
+            seconds=vars(StageSeconds(prefill=seconds)),
+        )

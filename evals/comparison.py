@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import mmcompress
 from mmcompress.budget import Budget
 from mmcompress.errors import InputError, MMCompressError, UnsupportedError
 from mmcompress.evals import record, report, samples
 from mmcompress.evals.answers import Answers, Key, write_whole
-from mmcompress.evals.backends import Backend
-from mmcompress.evals.environment import environment, model_facts
-from mmcompress.evals.processes import ALONE, Processes
+from mmcompress.evals.backend_hf import TRANSFORMERS
+from mmcompress.evals.backends import Backend, Terms, prepare
+from mmcompress.evals.environment import environment
 from mmcompress.evals.record import Asked, Record
-from mmcompress.evals.runner import Run, ask, batches, configure, encode, warm_up
-from mmcompress.evals.suites.base import Problem, Question, Suite, draw, fingerprint
-from mmcompress.integrations.hf import wrap
-from mmcompress.integrations.hf.capability import Capability, workable
+from mmcompress.evals.runner import Run, configure
+from mmcompress.evals.suites.base import Suite, draw, fingerprint
 from mmcompress.registry import METHODS
-from mmcompress.spec import CompressionConfig
 
 BASELINES = ("random", "uniform")
 WEIGHTS_SEEN = 16
@@ -48,37 +43,12 @@ class Comparison:
     left_out: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Terms:
-    """How questions are asked.
-
-    Args:
-        model: its name.
-        seed: draws questions, resamples images, and seeds what is random in answering.
-        limit: ask no more than this many questions of a suite, but all about the images drawn.
-        batch_size: questions asked at once.
-        processes: who asks.
-    """
-
-    model: str
-    seed: int = 0
-    limit: int | None = None
-    batch_size: int = 64
-    processes: Processes = ALONE
-
-
-def every_method(
-    model: Any, capability: Callable[[Any, str], Capability] = workable
-) -> tuple[list[str], dict[str, str]]:
+def every_method(model: Any, backend: Backend = TRANSFORMERS) -> tuple[list[str], dict[str, str]]:
     """All methods with the options that make them work on `model`, baselines first; the others with the reason."""
     names = [*BASELINES, *(name for name in METHODS.names() if name not in BASELINES)]
-    found = [capability(model, name) for name in names]
+    found = [backend.capability(model, name) for name in names]
     refused = {capability.spec.name: capability.reason for capability in found if capability.needs is None}
     return [str(capability.spec) for capability in found if capability.needs is not None], refused
-
-
-def _check(model: Any, config: CompressionConfig) -> None:
-    wrap(model, config).unwrap()
 
 
 def plan(
@@ -86,7 +56,7 @@ def plan(
     methods: Sequence[str],
     keeps: Sequence[int | float],
     policies: Sequence[str] = (),
-    check: Callable[[Any, CompressionConfig], None] = _check,
+    backend: Backend = TRANSFORMERS,
 ) -> Comparison:
     """Every one of `methods` at every one of `keeps`, without and with every KV policy; see `Run` for what they mean.
 
@@ -105,7 +75,7 @@ def plan(
     runs, left_out = wanted[:1], {}
     for run in wanted[1:]:
         try:
-            check(model, configure(*run))
+            backend.check(model, configure(*run))
             runs.append(run)
         except MMCompressError as error:
             left_out[run.label] = str(error)
@@ -132,12 +102,12 @@ def compare(
     terms: Terms,
     out: Path,
     console: Console,
-    backend: Backend | None = None,
+    backend: Backend = TRANSFORMERS,
 ) -> Record | None:
     """Ask what the folder `out` has no answer to yet, and write `results.json` and `table.md` there.
 
-    Several processes share the batches; the first one writes the results, the others return None. With a `backend`,
-    that answers, and `model` tells what runs are possible, what they cost and what they keep of samples.
+    Of several processes the first one writes the results, the others return None. The `backend` answers; `model`
+    tells what runs are possible, what they cost and what they keep of samples.
 
     Raises:
         SpecError: `out` holds answers given under other conditions, or a run is malformed.
@@ -148,21 +118,18 @@ def compare(
     if not processor.chat_template:
         raise UnsupportedError("the model's processor has no chat template, so its prompt format is not known.")
     number, wait = terms.processes.number, terms.processes.wait
-    of_backend = backend.conditions if backend else {"backend": "hf"}
-    conditions = _conditions(model, suites, terms) | of_backend
-    ask_all = backend.ask_all if backend else _ask_all
+    conditions = _conditions(model, suites, terms) | backend.conditions
     if number == 0:
         Answers(out, conditions).close()
     wait()
     with Answers(out, conditions, number) as answers:
-        ask_all(model, processor, suites, chosen.runs, terms, answers, console)
+        backend.ask_all(model, processor, suites, chosen.runs, terms, answers, console)
         wait()
         if number > 0:
             return None
         answers.refresh()
     suites = [_without_unanswered(model, processor, asked, answers, chosen.runs) for asked in suites]
-    facts = model_facts(model) | of_backend | ({"device": backend.device} if backend else {})
-    result = as_record(suites, answers, chosen, terms, facts)
+    result = as_record(suites, answers, chosen, terms, backend.facts(model))
     result["samples"] = samples.save(samples.samples(model, processor, suites, result), out)
     write(out, result, console)
     return result
@@ -216,91 +183,6 @@ def write(out: Path, result: Record, console: Console) -> None:
     record.save(result, results)
     for path in (tables, results):
         console.print(f"wrote {path}", highlight=False)
-
-
-def _ask_all(
-    model: Any,
-    processor: Any,
-    suites: Sequence[Asked],
-    runs: Sequence[Run],
-    terms: Terms,
-    answers: Answers,
-    console: Console,
-) -> None:
-    number, count = terms.processes.number, terms.processes.count
-    dealt = [(asked, batch) for asked in suites for batch in batches(asked.questions, terms.batch_size)][number::count]
-    work = [
-        (asked, questions, lacking)
-        for asked, batch in dealt
-        for questions, lacking in _missing(asked.label, batch, runs, answers)
-    ]
-    warm = False
-    with progress_bar(console, hidden=number > 0) as progress:
-        task = progress.add_task(
-            "answering", total=sum(len(questions) * len(lacking) for _, questions, lacking in work)
-        )
-        for asked, questions, lacking in work:
-            ready, inputs, _ = prepare(model, processor, questions)
-            progress.advance(task, (len(questions) - len(ready)) * len(lacking))
-            if not ready:
-                continue
-            transformers.set_seed(terms.seed)
-            if not warm:
-                warm_up(model, inputs, asked.max_new_tokens)
-                warm = True
-            with closing(ask(model, processor, inputs, lacking, asked.max_new_tokens)) as said:
-                for of_run, texts, spent in said:
-                    keys = [Key.of(asked.label, question.id, lacking[of_run]) for question in ready]
-                    answers.add(zip(keys, texts, spent, strict=True))
-                    progress.advance(task, len(ready))
-
-
-def progress_bar(console: Console, hidden: bool = False) -> Progress:
-    """Shows how many answers there are, and for how long it will go on."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=hidden)
-
-
-def _missing(
-    label: str, batch: Sequence[Question], runs: Sequence[Run], answers: Answers
-) -> list[tuple[list[Question], list[Run]]]:
-    """Questions of a batch without an answer, with the runs that lack just these."""
-    lacking: dict[tuple[Question, ...], list[Run]] = {}
-    for run in runs:
-        unanswered = tuple(question for question in batch if Key.of(label, question.id, run) not in answers)
-        if unanswered:
-            lacking.setdefault(unanswered, []).append(run)
-    return [(list(questions), those) for questions, those in lacking.items()]
-
-
-def prepare(model: Any, processor: Any, batch: Sequence[Question]) -> tuple[list[Question], Any, list[Problem]]:
-    """The questions of a batch that can be asked, the model's inputs for them, and why others cannot."""
-    pictures, ready, problems = {}, [], []
-    for question in batch:
-        try:
-            for picture in question.images:
-                if picture not in pictures:
-                    pictures[picture] = picture.open()
-            ready.append(question)
-        except InputError as error:
-            problems.append(Problem(f"question {question.id}", str(error)))
-    try:
-        return ready, encode(model, processor, ready, pictures) if ready else None, problems
-    except InputError as error:
-        if len(batch) == 1:
-            return [], None, [Problem(f"question {batch[0].id}", str(error))]
-        alone = [prepare(model, processor, [question]) for question in ready]
-        fine = [question for questions, _, _ in alone for question in questions]
-        if len(fine) == len(batch):
-            raise  # what can be asked alone must not fail together
-    ready, inputs, _ = prepare(model, processor, fine)
-    return ready, inputs, problems + [problem for _, _, found in alone for problem in found]
 
 
 def _without_unanswered(model: Any, processor: Any, asked: Asked, answers: Answers, runs: Sequence[Run]) -> Asked:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
 from mmcompress.evals import comparison, report_file
-from mmcompress.evals.micro import DEFAULT_MODEL, model_path
+from mmcompress.evals.backends import Terms
+from mmcompress.evals.loading import load_micro
+from mmcompress.evals.micro import DEFAULT_MODEL
 from mmcompress.evals.micro.notes import UNLEARNT
-from mmcompress.evals.micro.processing import load_processor
 from mmcompress.evals.overlay import captioned, side_by_side
+from mmcompress.evals.record import Record
 from mmcompress.evals.runner import Run
 from mmcompress.evals.samples import samples
 from mmcompress.evals.suites import configure
@@ -21,17 +22,6 @@ from mmcompress.evals.suites import configure
 METHODS = ("random", "uniform", "pool", "vtc-cls", "todre")
 METHODS_WITHOUT_CLS = ("random", "uniform", "pool", "vtc-cls(score=received)", "todre")
 KEEPS = (0.5, 0.25, 0.1, 0.05)
-
-
-def load_micro(name: str = DEFAULT_MODEL) -> tuple[Any, Any]:
-    """An embedded model in float32 on the CPU, and its processor.
-
-    Raises:
-        SpecError: there is none of that name.
-    """
-    path = model_path(name)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-    return model.eval(), load_processor(path)
 
 
 def choose_runs(model: Any) -> list[Run]:
@@ -64,7 +54,7 @@ def demo(
         OSError: `out` cannot be written to.
     """
     console = console or Console()
-    terms = comparison.Terms(name, limit=limit)
+    terms = Terms(name, limit=limit)
     asked = comparison.read("microvqa", configure("microvqa", Path(), unlearnt=UNLEARNT.get(name, frozenset())), terms)
     torch.set_num_threads(threads)
     model, processor = load_micro(name)
@@ -73,14 +63,20 @@ def demo(
     chosen = comparison.Comparison(choose_runs(model), {})
     result = comparison.compare(model, processor, [asked], chosen, terms, out, console)
     assert result is not None  # this is the only process
-    _, question, panels = samples(model, processor, [asked], result)[0]
+    label, question, panels = samples(model, processor, [asked], result)[0]
     drawn, page = out / "overlay.png", out / "report.html"
     title = f"{question.prompt}  right answer: {question.answers[0]}"
+    number = [row["id"] for row in result["suites"][label]["questions"]].index(question.id)
     pictures = [
-        captioned(panel.picture, ": ".join(filter(None, (result["runs"][panel.run]["label"], panel.note))))
-        for panel in panels
+        captioned(panel.picture, _caption(result["runs"][panel.run], panel.note, label, number)) for panel in panels
     ]
     side_by_side(pictures, columns=3, title=title).save(drawn)
     report_file.write([out], page)
     for path in (drawn, page):
         console.print(f"wrote {path}", highlight=False)
+
+
+def _caption(run: Record, note: str, label: str, number: int) -> str:
+    """The name of a run, what is noted of it, and its answer to the question of that number in a suite."""
+    name = f"{run['label']}: {note}" if note else run["label"]
+    return f"{name}\nanswer: {run['suites'][label]['answers'][number]}"

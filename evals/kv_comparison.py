@@ -20,8 +20,8 @@ from rich.progress import track
 import mmcompress
 from mmcompress.errors import MMCompressError
 from mmcompress.evals.bench.rows import publish
-from mmcompress.evals.demo import load_micro
 from mmcompress.evals.environment import environment, model_facts
+from mmcompress.evals.loading import load_micro
 from mmcompress.evals.micro import DEFAULT_MODEL, Question
 from mmcompress.evals.micro.needle import Needle, make_needles
 from mmcompress.evals.report import budget

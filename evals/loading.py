@@ -9,9 +9,20 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmcompress.errors import UnsupportedError
-from mmcompress.evals.demo import load_micro
-from mmcompress.evals.micro import MODELS
+from mmcompress.evals.micro import DEFAULT_MODEL, MODELS, model_path
+from mmcompress.evals.micro.processing import load_processor
 from mmcompress.integrations.hf.families import FAMILIES
+
+
+def load_micro(name: str = DEFAULT_MODEL) -> tuple[Any, Any]:
+    """An embedded model in float32 on the CPU, and its processor.
+
+    Raises:
+        SpecError: there is none of that name.
+    """
+    path = model_path(name)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), load_processor(path)
 
 
 def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:

@@ -14,6 +14,9 @@ from mmcompress.cli._shared import MODEL_HELP, load_model, parse_keep, quieten
 from mmcompress.errors import SpecError, unknown_name
 from mmcompress.evals.micro import DEFAULT_MODEL, MODELS
 
+if typing.TYPE_CHECKING:
+    from mmcompress.evals.backends import Backend
+
 BACKENDS = ("hf", "vllm")
 
 
@@ -97,25 +100,22 @@ def evaluate(
     wanted_suites = [suites.configure(label, data, unlearnt=unlearnt) for label in labels]
 
     from mmcompress.evals import comparison
+    from mmcompress.evals.backends import Terms
     from mmcompress.evals.processes import processes
 
     answering = _backend(backend, engine)
-    terms = comparison.Terms(model, seed, limit, batch_size or (64 if model in MODELS else 8), processes())
+    terms = Terms(model, seed, limit, batch_size or (64 if model in MODELS else 8), processes())
     read = [comparison.read(label, wanted, terms) for label, wanted in zip(labels, wanted_suites, strict=True)]
-    if answering and terms.processes.count > 1:
-        raise SpecError("--backend vllm shares the work itself: --engine '{\"tensor_parallel_size\": 2}'.")
-    loaded, processor = load_model(model, "cpu" if answering else terms.processes.device)
+    loaded, processor = load_model(model, answering.place(terms.processes))
 
     import torch
 
     torch.set_num_threads(threads)
-    asks = {"capability": answering.capability} if answering else {}
-    every, refused = comparison.every_method(loaded, **asks) if "all" in asked else ([], {})
+    every, refused = comparison.every_method(loaded, answering) if "all" in asked else ([], {})
     controls = comparison.BASELINES if baselines else ()
     every = [name for name in every if baselines or name not in comparison.BASELINES]
     wanted = list(dict.fromkeys([*controls, *every, *(part for part in asked if part != "all")]))
-    checks = {"check": answering.check} if answering else {}
-    chosen = comparison.plan(loaded, wanted, keeps, policies, **checks)
+    chosen = comparison.plan(loaded, wanted, keeps, policies, answering)
     impossible = {part for part in asked if part != "all"} - {run.method for run in chosen.runs}
     impossible |= set(policies) - {run.kv for run in chosen.runs}
     if impossible:
@@ -130,8 +130,8 @@ def evaluate(
         raise typer.Exit(130) from None
 
 
-def _backend(name: str, engine: str | None) -> typing.Any:
-    """What answers in place of transformers; None for transformers itself."""
+def _backend(name: str, engine: str | None) -> Backend:
+    """What answers."""
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
     if name == "vllm":
@@ -140,7 +140,9 @@ def _backend(name: str, engine: str | None) -> typing.Any:
         return VLLM.parse(engine)
     if engine is not None:
         raise SpecError("--engine goes with --backend vllm.")
-    return None
+    from mmcompress.evals.backend_hf import TRANSFORMERS
+
+    return TRANSFORMERS
 
 
 def list_suites(

@@ -13,7 +13,7 @@ from torch import Tensor
 import mmcompress
 from mmcompress.errors import SpecError
 from mmcompress.evals.calibrate import calibrate
-from mmcompress.evals.demo import load_micro
+from mmcompress.evals.loading import load_micro
 from mmcompress.evals.micro import MODELS
 from mmcompress.evals.runner import encode
 from mmcompress.evals.suites import configure

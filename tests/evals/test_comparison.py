@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from result_numbers import numbers
 from rich.console import Console
 from test_cli import fail, invoke, succeed
 
 from mmcompress.errors import InputError, SpecError
 from mmcompress.evals import comparison, record, report
 from mmcompress.evals.answers import Answers, Key
-from mmcompress.evals.comparison import Comparison, Terms
-from mmcompress.evals.demo import load_micro
+from mmcompress.evals.backends import Terms
+from mmcompress.evals.comparison import Comparison
+from mmcompress.evals.loading import load_micro
 from mmcompress.evals.processes import ALONE
 from mmcompress.evals.report_file import page
 from mmcompress.evals.runner import Run, Spent
@@ -53,16 +55,6 @@ def compare(micro: tuple[Any, Any]) -> Callable[..., Any]:
 
 def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for path in out.glob("answers-*.jsonl") for line in path.read_text().splitlines()]
-
-
-def numbers(out: Path) -> Any:
-    """The result without time, place and command."""
-    result = record.load(out)
-    del result["environment"]
-    for run in result["runs"]:
-        for suite in run["suites"].values():
-            del suite["cost"]["seconds"]
-    return result
 
 
 def asked_once(out: Path) -> bool:

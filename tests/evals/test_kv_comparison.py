@@ -11,7 +11,7 @@ import pytest
 import mmcompress
 from mmcompress.errors import SpecError
 from mmcompress.evals import kv_comparison
-from mmcompress.evals.demo import load_micro
+from mmcompress.evals.loading import load_micro
 from mmcompress.evals.micro.needle import make_needles
 from mmcompress.spec import Spec
 

@@ -140,7 +140,7 @@ print(sorted({"matplotlib", "PIL", "torch"} & (set(sys.modules) - before)))
 
 
 def test_the_default_model_answers() -> None:
-    from mmcompress.evals.demo import load_micro
+    from mmcompress.evals.loading import load_micro
     from mmcompress.evals.runner import evaluate
 
     questions = [row for row in load_microvqa(100) if row.type == "attribute"]

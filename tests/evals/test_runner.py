@@ -13,7 +13,7 @@ from PIL import Image
 
 import mmcompress
 from mmcompress.errors import InputError, SpecError
-from mmcompress.evals.demo import load_micro
+from mmcompress.evals.loading import load_micro
 from mmcompress.evals.micro import DEFAULT_MODEL, MICROVQA_PATH, Question, load_microvqa
 from mmcompress.evals.micro.notes import UNLEARNT
 from mmcompress.evals.runner import UNPRUNED, Answer, Run, evaluate, open_image, prompt

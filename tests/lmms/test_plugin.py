@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mmcompress.evals.demo import load_micro
+from mmcompress.evals.loading import load_micro
 from mmcompress.evals.micro import MICROVQA_PATH, load_microvqa
 from mmcompress.evals.runner import evaluate
 

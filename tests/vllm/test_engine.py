@@ -17,7 +17,6 @@ from prompts import Prompt, Reply, ragged_prompts
 from transformers import AutoModelForImageTextToText
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.core.sched.scheduler import Scheduler
 
 import mmcompress
 from mmcompress.evals.micro.processing import load_processor
@@ -97,17 +96,7 @@ def test_images_may_arrive_in_pieces(
         assert_equal(engine.ask(llm, processor, prompts, True), expected)
 
 
-def test_requests_may_be_preempted(
-    folder: Path, processor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    preempted: list[Any] = []
-    preempt = Scheduler._preempt_request
-
-    def noting(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-        preempted.append(args)
-        return preempt(self, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", noting)
+def test_requests_may_be_preempted(folder: Path, processor: Any, prompts: list[Prompt], preempted: list[Any]) -> None:
     longer = [Prompt(prompt.question, prompt.pictures, 70) for prompt in prompts]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     with mmcompress.wrap(model, METHOD):

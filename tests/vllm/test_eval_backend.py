@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from result_numbers import numbers
 from test_cli import fail, succeed
 
 from mmcompress.evals import record
@@ -16,16 +16,6 @@ pytestmark = pytest.mark.slow
 ENGINE = {"enforce_eager": True, "max_model_len": 2048, "kv_cache_memory_bytes": 1 << 27, "block_size": 32}
 ASK = ("eval", "micro-llava", "--method", "divprune", "--keep", "0.25", "--limit", 60)
 IN_VLLM = ("--backend", "vllm", "--engine", json.dumps(ENGINE))
-
-
-def numbers(out: Path) -> Any:
-    """The result without time and place."""
-    result = record.load(out)
-    del result["environment"]
-    for run in result["runs"]:
-        for suite in run["suites"].values():
-            del suite["cost"]["seconds"]
-    return result
 
 
 def test_both_engines_give_the_same_result(tmp_path: Path) -> None:

@@ -16,17 +16,15 @@ import engine
 import pytest
 import reference
 import torch
+from configured import configured
 from kept import make
 from prompts import Prompt, Reply, ragged_prompts
 from transformers import AutoConfig, AutoModelForImageTextToText
 from vllm import LLM, SamplingParams
-from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
-from vllm.v1.core.sched.scheduler import Scheduler
 
 import mmcompress
-from mmcompress.evals.micro import model_path
 from mmcompress.evals.micro.processing import load_processor
 from mmcompress.integrations.vllm.kv.spec import KVManager
 
@@ -143,16 +141,8 @@ class TestPool:
         [(KV, 8, 1000), ("streamingllm(keep=70, every=40)", 8, 1000), ("quest(keep=64, dense_layers=0)", 13, 384)],
     )
     def test_requests_may_be_preempted(
-        self, folder: Path, kv: str, blocks: int, longest: int, monkeypatch: pytest.MonkeyPatch
+        self, folder: Path, kv: str, blocks: int, longest: int, preempted: list[Any]
     ) -> None:
-        preempted: list[Any] = []
-        preempt = Scheduler._preempt_request
-
-        def noting(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-            preempted.append(args)
-            return preempt(self, *args, **kwargs)
-
-        monkeypatch.setattr(Scheduler, "_preempt_request", noting)
         settings = {**self.SETTINGS, "max_model_len": longest, "num_gpu_blocks_override": blocks}
         with under(folder, kv, **settings) as llm:
             replies = engine.ask(llm, load_processor(folder), LONG, True)
@@ -208,13 +198,6 @@ def test_ranks_may_share_a_model(kv: str, tmp_path: Path) -> None:
     expected = transformers_replies(folder, RAGGED, None, kv)
     with under(folder, kv, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         assert_equal(engine.ask(llm, load_processor(folder), RAGGED, True), expected)
-
-
-def configured(wanted: Any, **settings: Any) -> Any:
-    """The engine configuration with `wanted` under `mmcompress`."""
-    usual: dict[str, Any] = dict(dtype="float32", max_model_len=1024, limit_mm_per_prompt={"image": 2, "video": 0})
-    arguments = EngineArgs(model=str(model_path()), additional_config={"mmcompress": wanted}, **usual | settings)
-    return arguments.create_engine_config()
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,6 +16,7 @@ from prompts import Prompt, Reply
 from transformers import AutoModelForImageTextToText
 
 import mmcompress
+from mmcompress.evals.bench.servers import Server, serve
 from mmcompress.evals.micro import MICROVQA_PATH, load_microvqa, model_path
 from mmcompress.evals.micro.processing import load_processor
 
@@ -33,21 +26,14 @@ METHOD, KEPT, PATCHES = "vtc-cls(keep=0.1)", 25, 256
 TOKENS = 6
 QUESTIONS = load_microvqa()
 AT_ONCE = 64  # questions in a batch of transformers
-STARTS_WITHIN = 240  # seconds; usually 40
 
 
-class Server:
-    """What clients need to know."""
+class Chats:
+    """A server, as those see it who chat."""
 
-    def __init__(self, port: int) -> None:
-        self.address = f"http://127.0.0.1:{port}"
-
-    def is_up(self) -> bool:
-        """Whether it answers."""
-        try:
-            return bool(urllib.request.urlopen(f"{self.address}/health", timeout=5).status == 200)
-        except OSError:
-            return False
+    def __init__(self, server: Server) -> None:
+        self.is_up = server.is_up
+        self._post = server.post
 
     def chat(
         self, question: str, *pictures: bytes, path: str = "/v1/chat/completions", **options: Any
@@ -65,43 +51,23 @@ class Server:
             "max_tokens": TOKENS,
             **options,
         }
-        request = urllib.request.Request(
-            f"{self.address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+        status, answer = self._post(path, body)
+        return status, json.loads(answer)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chats]:
     log = tmp_path_factory.mktemp("server") / "log"
-    config = {"mmcompress": {"method": METHOD, "keep_range": [0.05, 0.5]}}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path())]
-    command += ["--served-model-name", "micro", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--limit-mm-per-prompt", '{"image": 2}', "--trust-request-mm-kwargs"]
-    command += ["--additional-config", json.dumps(config), "--kv-cache-memory-bytes", str(1 << 27)]
-    settings = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with log.open("w") as written:
-        process = subprocess.Popen(
-            command, stdout=written, stderr=subprocess.STDOUT, env=settings, start_new_session=True
-        )
-    try:
-        server = Server(port)
-        deadline = time.monotonic() + STARTS_WITHIN
-        while not server.is_up():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.5)
-        assert log.read_text().count("25 of 256 tokens of the largest image enter the LLM") == 1
-        yield server
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
+    wanted = {"mmcompress": {"method": METHOD, "keep_range": [0.05, 0.5]}}
+    arguments = ["--served-model-name", "micro", "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
+    arguments += ["--limit-mm-per-prompt", '{"image": 2}', "--trust-request-mm-kwargs"]
+    arguments += ["--kv-cache-memory-bytes", str(1 << 27)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        with serve(model_path(), wanted, log, arguments) as running:
+            assert log.read_text().count("25 of 256 tokens of the largest image enter the LLM") == 1
+            yield Chats(running)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +86,7 @@ def picture(name: str) -> bytes:
     return (MICROVQA_PATH / name).read_bytes()
 
 
-def test_answers_are_those_of_the_wrapped_model(server: Server, expected: list[Reply]) -> None:
+def test_answers_are_those_of_the_wrapped_model(server: Chats, expected: list[Reply]) -> None:
     tokenizer = load_processor(model_path()).tokenizer
     with ThreadPoolExecutor(8) as clients:
         texts = [clients.submit(server.chat, "what color is the sky ?") for _ in range(4)]
@@ -142,7 +108,7 @@ def test_answers_are_those_of_the_wrapped_model(server: Server, expected: list[R
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0.05, 12), (0.5, 128)])
-def test_requests_choose_their_budget(server: Server, keep: float, kept: int) -> None:
+def test_requests_choose_their_budget(server: Chats, keep: float, kept: int) -> None:
     question, image = "what color is the star ?", picture("images/000.png")
     _, usual = server.chat(question, image)
     status, answer = server.chat(question, image, mm_processor_kwargs={"mmcompress_keep": keep})
@@ -151,27 +117,27 @@ def test_requests_choose_their_budget(server: Server, keep: float, kept: int) ->
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.6, 1, "0.1", None, True, [0.1]])
-def test_budgets_out_of_range_get_a_400(server: Server, keep: Any) -> None:
+def test_budgets_out_of_range_get_a_400(server: Chats, keep: Any) -> None:
     status, answer = server.chat("what ?", picture("images/000.png"), mm_processor_kwargs={"mmcompress_keep": keep})
     assert status == 400
     assert "mmcompress_keep" in answer["error"]["message"]
     assert server.is_up()
 
 
-def test_too_many_pictures_get_a_400(server: Server) -> None:
+def test_too_many_pictures_get_a_400(server: Chats) -> None:
     status, answer = server.chat("what ?", *[picture("images/000.png")] * 3)
     assert status == 400
     assert "At most 2 image" in answer["error"]["message"]
 
 
-def test_counting_tokens_counts_those_that_are_kept(server: Server) -> None:
+def test_counting_tokens_counts_those_that_are_kept(server: Chats) -> None:
     _, answer = server.chat("what ?", picture("images/000.png"))
     status, counted = server.chat("what ?", picture("images/000.png"), path="/tokenize")
     assert status == 200, counted
     assert counted["count"] == answer["usage"]["prompt_tokens"]
 
 
-def test_both_pictures_are_compressed(server: Server) -> None:
+def test_both_pictures_are_compressed(server: Chats) -> None:
     _, none = server.chat("what ?")
     _, two = server.chat("what ?", picture("images/000.png"), picture("images/001.png"))
     assert two["usage"]["prompt_tokens"] - none["usage"]["prompt_tokens"] == 2 * KEPT

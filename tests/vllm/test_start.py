@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from configured import configured
 from kept import make
 from PIL import Image
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmcompress.errors import InputError
@@ -26,15 +26,6 @@ pytestmark = pytest.mark.slow
 
 PICTURE = Image.new("RGB", (224, 224), "red")
 PROMPT = "<s> USER: <image> what is this ? ASSISTANT:"
-
-
-def configured(wanted: Any, model: Path | None = None, **settings: Any) -> Any:
-    """The engine configuration with `wanted` under `mmcompress`."""
-    usual: dict[str, Any] = dict(dtype="float32", max_model_len=1024, limit_mm_per_prompt={"image": 2, "video": 0})
-    arguments = EngineArgs(
-        model=str(model or model_path()), additional_config={"mmcompress": wanted}, **usual | settings
-    )
-    return arguments.create_engine_config()
 
 
 def process(config: Any, prompt: str = PROMPT, pictures: int = 1, uuids: Any = None, **options: Any) -> Any:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmcompress.errors import MMCompressError, SpecError
 from mmcompress.evals.micro.training.curves import NO_SHARES
 from mmcompress.evals.micro.training.recipes import RECIPES
 from mmcompress.evals.micro.training.trainer import Row, Trainer
+from mmcompress.evals.progress import counting
 
 
 def main() -> None:
@@ -47,13 +47,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     folder = arguments.out or Path("micro-runs") / arguments.model
     console = Console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     try:
         trainer = Trainer(
             arguments.model,
@@ -65,7 +58,7 @@ def main() -> None:
             scale=arguments.scale,
             compiled=arguments.compile,
         )
-        with Progress(*columns, console=console) as progress:
+        with counting(console) as progress:
             task = progress.add_task(arguments.model, total=None)
 
             def report(row: Row) -> None:
