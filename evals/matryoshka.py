@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmcompress.errors import InputError, SpecError, UnsupportedError
 from mmcompress.evals.micro.saving import rename_as_on_the_hub
-from mmcompress.evals.suites.base import Question, Suite
+from mmcompress.evals.suites.base import Picture, Question, Suite
 from mmcompress.integrations.hf import wrap
 from mmcompress.integrations.hf.projector_stage import SCALES
 
@@ -43,17 +43,22 @@ class Recipe:
     Args:
         budgets: tokens per tile, one of which is drawn for every step.
         steps: optimiser steps.
-        batch: questions per step and process.
+        batch: conversations per step and process.
+        turns: the most questions of one conversation, which are about the same images.
         learning_rate: highest, for all but LoRA's weights.
         lora_learning_rate: highest, for these.
         llm: what is trained of the LLM; the projector always is.
         tower: whether the vision tower is trained too.
         seed: of the order of the questions and of the budgets.
+
+    Raises:
+        SpecError: there would be nothing to do.
     """
 
     budgets: tuple[int, ...]
     steps: int
     batch: int = 8
+    turns: int = 1
     learning_rate: float = 2e-5
     lora_learning_rate: float = 2e-4
     llm: LLM = "full"
@@ -61,15 +66,22 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.budgets or min(self.steps, self.batch) < 1:
+        if not self.budgets or min(self.steps, self.batch, self.turns) < 1:
             raise SpecError("training needs budgets, and at least one step of at least one question.")
 
     def budget(self, step: int) -> int:
         """The budget of a step, the same in all processes."""
         return random.Random(f"{self.seed} {step}").choice(self.budgets)
 
-    def questions(self, count: int, step: int, rank: int, processes: int) -> list[int]:
-        """Which of `count` questions a process is given in a step; every epoch has an order of its own."""
+    def conversations(self, questions: Sequence[Question]) -> list[list[Question]]:
+        """The questions, those about the same images together as far as a conversation goes."""
+        groups = dict[tuple[Picture, ...], list[Question]]()
+        for asked in random.Random(f"{self.seed} turns").sample(questions, len(questions)):
+            groups.setdefault(asked.images, []).append(asked)
+        return [group[i : i + self.turns] for group in groups.values() for i in range(0, len(group), self.turns)]
+
+    def dealt(self, count: int, step: int, rank: int, processes: int) -> list[int]:
+        """Which of `count` conversations a process is given in a step; every epoch has an order of its own."""
         first = (step * processes + rank) * self.batch
         return list(islice(self._order(count, first), self.batch))
 
@@ -91,14 +103,14 @@ class Steps(Dataset[Any]):
     """What one of several processes is trained on in each step."""
 
     def __init__(
-        self, processor: Any, questions: Sequence[Question], recipe: Recipe, rank: int, processes: int
+        self, processor: Any, conversations: Sequence[Sequence[Question]], recipe: Recipe, rank: int, processes: int
     ) -> None:
-        self._processor, self._questions, self._recipe = processor, questions, recipe
+        self._processor, self._conversations, self._recipe = processor, conversations, recipe
         self._place = rank, processes
 
     def __getitem__(self, step: int) -> Any:
-        chosen = self._recipe.questions(len(self._questions), step, *self._place)
-        return batch(self._processor, [self._questions[number] for number in chosen])
+        chosen = self._recipe.dealt(len(self._conversations), step, *self._place)
+        return batch(self._processor, [self._conversations[number] for number in chosen])
 
 
 class Trainer:
@@ -114,7 +126,8 @@ class Trainer:
     Raises:
         SpecError: the model cannot have such budgets, or the folder holds another run.
         InputError: a row of the dataset is malformed or lacks its image, or the checkpoint cannot be read.
-        UnsupportedError: the model has no projector that maps each token by itself, or no chat template.
+        UnsupportedError: the model has no projector that maps each token by itself, or no chat template, or this
+            template writes a conversation anew with every turn.
     """
 
     def __init__(self, model: Any, processor: Any, suite: Suite, recipe: Recipe, folder: Path) -> None:
@@ -122,7 +135,9 @@ class Trainer:
             raise UnsupportedError("the model's processor has no chat template, so its prompt format is not known.")
         most = max(recipe.budgets)
         wrap(model, "m3", keep=most, scales=recipe.budgets).unwrap()  # what is impossible shows before the work begins
-        self.questions = readable(suite)
+        self.conversations = recipe.conversations(readable(suite))
+        if max(map(len, self.conversations)) > 1:
+            _chat(processor, max(self.conversations, key=len))
         self.processor, self.recipe, self.folder = processor, recipe, folder
         self.step, self.rows = 0, list[dict[str, Any]]()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -153,7 +168,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.runner.train()
         place = self.accelerator.process_index, self.accelerator.num_processes
-        data = Steps(self.processor, self.questions, self.recipe, *place)
+        data = Steps(self.processor, self.conversations, self.recipe, *place)
         ahead = range(self.step, self.recipe.steps)
         try:
             for inputs in DataLoader(data, batch_size=None, sampler=ahead, num_workers=workers):
@@ -254,40 +269,54 @@ def readable(suite: Suite) -> list[Question]:
     return questions
 
 
-def batch(processor: Any, asked: Sequence[Question]) -> Any:
-    """Questions with their answers as a model is trained on them, padded on the left; labels are answers alone.
+def batch(processor: Any, conversations: Sequence[Sequence[Question]]) -> Any:
+    """Conversations as a model is trained on them, padded on the left; labels are answers alone.
 
-    An answer is the one most annotators gave. It is encoded by itself, behind the prompt as generation sees it.
+    The images of a conversation are shown with its first question. An answer is the one most annotators gave; it is
+    encoded by itself, behind the prompt as generation sees it.
 
     Raises:
         InputError: an image cannot be read.
+        UnsupportedError: the chat template writes a conversation anew with every turn.
     """
-    pictures = [picture.open() for question in asked for picture in question.images]
-    prompts, answers = zip(*(_chat(processor, question) for question in asked), strict=True)
-    inputs = processor(images=pictures, text=list(prompts), padding=True, return_tensors="pt")
-    ids = [row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-    rows = [torch.cat(pair) for pair in zip(ids, answers, strict=True)]
-    labels = [torch.cat([torch.full_like(row, IGNORED), answer]) for row, answer in zip(ids, answers, strict=True)]
+    pictures = [picture.open() for asked in conversations for picture in asked[0].images]
+    openings, rests = zip(*(_chat(processor, asked) for asked in conversations), strict=True)
+    inputs = processor(images=pictures, text=list(openings), padding=True, return_tensors="pt")
+    rows, labels = [], []
+    for row, mask, rest in zip(inputs["input_ids"], inputs["attention_mask"], rests, strict=True):
+        opening = row[mask.bool()]
+        rows.append(torch.cat([opening, *(ids for ids, _ in rest)]))
+        silent = [torch.full_like(opening, IGNORED)]
+        labels.append(torch.cat(silent + [ids if answers else torch.full_like(ids, IGNORED) for ids, answers in rest]))
     inputs["input_ids"] = _left_padded(rows, processor.tokenizer.pad_token_id)
     inputs["attention_mask"] = _left_padded([torch.ones_like(row) for row in rows], 0)
     inputs["labels"] = _left_padded(labels, IGNORED)
     return inputs
 
 
-def _chat(processor: Any, question: Question) -> tuple[str, Tensor]:
-    """The prompt of a question in the model's chat format, and the tokens of its answer up to the end."""
-    content = [*({"type": "image"} for _ in question.images), {"type": "text", "text": question.prompt}]
-    turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
-    ((answer, _),) = Counter(question.answers).most_common(1)
-    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    whole = processor.apply_chat_template([*turns, said])
-    ending = whole.removeprefix(prompt) if whole.startswith(prompt) else f" {answer}"
+def _chat(processor: Any, asked: Sequence[Question]) -> tuple[str, list[tuple[Tensor, bool]]]:
+    """The first prompt in the model's chat format, and the tokens of each part that follows: is it an answer?"""
     tokenizer = processor.tokenizer
-    ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    return prompt, torch.tensor(ids)
+    turns, said, parts = list[dict[str, Any]](), "", list[str]()
+    for question in asked:
+        shown = question.images if not turns else ()
+        content = [*({"type": "image"} for _ in shown), {"type": "text", "text": question.prompt}]
+        turns.append({"role": "user", "content": content})
+        prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+        if not prompt.startswith(said):
+            raise UnsupportedError("the chat template writes a conversation anew with every turn; train with turns=1.")
+        ((answer, _),) = Counter(question.answers).most_common(1)
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        whole = processor.apply_chat_template(turns)
+        ending = whole.removeprefix(prompt) if whole.startswith(prompt) else f" {answer}"
+        parts += [prompt.removeprefix(said), ending]
+        said = prompt + ending
+    opening, *rest = parts
+    encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in rest]
+    for ids in encoded[::2]:
+        if tokenizer.eos_token_id not in ids:
+            ids.append(tokenizer.eos_token_id)
+    return opening, [(torch.tensor(ids), number % 2 == 0) for number, ids in enumerate(encoded)]
 
 
 def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:

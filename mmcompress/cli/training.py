@@ -65,7 +65,10 @@ def matryoshka(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and the model.")],
     suite: Annotated[str, typer.Option(help="What the questions are written as; see mmcompress suites.")] = "jsonl",
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 1000,
-    batch: Annotated[int, typer.Option(help="Questions per step and process.", min=1)] = 8,
+    batch: Annotated[int, typer.Option(help="Conversations per step and process.", min=1)] = 8,
+    turns: Annotated[
+        int, typer.Option(help="The most questions of a conversation: those about the same images.", min=1)
+    ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of the projector, the tower and a full LLM.", min=0)] = 2e-5,
     llm: Annotated[str, typer.Option(help="What is trained of the LLM: full, lora or frozen.")] = "full",
     tower: Annotated[bool, typer.Option(help="Train the vision tower too.")] = False,
@@ -93,7 +96,7 @@ def matryoshka(
         raise SpecError(f"--budgets {budgets!r}: write token counts separated by commas, as in 144,36,9,1.") from None
     if llm not in ("full", "lora", "frozen"):
         raise unknown_name("--llm", llm, ("full", "lora", "frozen"))
-    recipe = Recipe(scales, steps, batch, learning_rate, llm=typing.cast(Any, llm), tower=tower, seed=seed)
+    recipe = Recipe(scales, steps, batch, turns, learning_rate, llm=typing.cast(Any, llm), tower=tower, seed=seed)
     questions = dataclasses.replace(configure(suite, data), folder=data)
     loaded, processor = load_model(model, "cpu")
     console = Console()

@@ -66,7 +66,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_batch_is_padded_on_the_left_and_only_answers_count(folder: Path, data: Path) -> None:
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = batch(processor, readable(suite(data))[3:])
+    inputs = batch(processor, [[asked] for asked in readable(suite(data))[3:]])
     assert inputs["pixel_values"].shape[0] == 3
     ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
     assert mask[0, 0] == 0 and mask[1].all() and mask[:, -1].all()
@@ -75,15 +75,42 @@ def test_a_batch_is_padded_on_the_left_and_only_answers_count(folder: Path, data
     assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
 
 
+def test_questions_about_the_same_images_come_in_one_conversation(folder: Path, data: Path) -> None:
+    rows = [{"image": "red.png", "question": f"what {word} is it ?", "answers": word} for word in ("color", "shape")]
+    write(data, [*rows, {"image": "blue.png", "question": "what is it ?", "answers": "blue"}])
+    processor = AutoProcessor.from_pretrained(folder)
+    conversations = Recipe((1,), steps=1, turns=2).conversations(readable(suite(data)))
+    red, blue = sorted(conversations, key=len, reverse=True)
+    assert {asked.images[0].name for asked in red} == {"red.png"} and len(red) == 2 and len(blue) == 1
+    assert [len(part) for part in Recipe((1,), steps=1).conversations(red)] == [1, 1]
+    inputs = batch(processor, [red])
+    assert inputs["pixel_values"].shape[0] == 1
+    said = processor.tokenizer.decode(inputs["input_ids"][0])
+    assert said.count("USER:") == said.count("</s>") == 2 and said.count("<s>") == 1
+    labels = inputs["labels"][0]
+    answers = " </s> ".join(asked.answers[0] for asked in red)
+    assert processor.tokenizer.decode(labels[labels != IGNORED]) == f"{answers} </s>"
+    alone = batch(processor, [[red[0]]])["input_ids"][0]
+    assert torch.equal(inputs["input_ids"][0][: len(alone)], alone)
+
+
+def test_a_template_that_writes_conversations_anew_is_refused(folder: Path, data: Path) -> None:
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.chat_template = "{{ messages | length }}"
+    red = readable(suite(data))[:1]
+    with pytest.raises(UnsupportedError, match="train with turns=1"):
+        batch(processor, [red * 2])
+
+
 def test_budgets_and_questions_depend_on_the_step_alone() -> None:
     recipe = Recipe((1, 4), steps=10, batch=3, seed=5)
     assert {recipe.budget(step) for step in range(50)} == {1, 4}
-    together = [recipe.questions(7, step, rank, 2) for step in range(7) for rank in range(2)]
+    together = [recipe.dealt(7, step, rank, 2) for step in range(7) for rank in range(2)]
     dealt = [question for part in together for question in part]
     for epoch in range(6):
         assert sorted(dealt[7 * epoch : 7 * epoch + 7]) == list(range(7))
     assert dealt[:7] != dealt[7:14]
-    assert recipe.questions(2, 4, 1, 2) == recipe.questions(2, 4, 1, 2) and len(recipe.questions(2, 4, 1, 2)) == 3
+    assert recipe.dealt(2, 4, 1, 2) == recipe.dealt(2, 4, 1, 2) and len(recipe.dealt(2, 4, 1, 2)) == 3
 
 
 @pytest.mark.parametrize("llm", ["full", "lora", "frozen"])
@@ -129,9 +156,9 @@ def test_an_interrupted_run_ends_like_one_that_was_not(folder: Path, data: Path,
 
 def test_an_image_that_breaks_on_the_way_leaves_what_was_learnt(folder: Path, data: Path, tmp_path: Path) -> None:
     run = trainer(folder, data, tmp_path / "out")
-    late = run.questions[RECIPE.questions(5, 2, 0, 1)[0]].images[0].path
+    late = run.conversations[RECIPE.dealt(5, 2, 0, 1)[0]][0].images[0].path
     assert late is not None
-    first = {path for step in (0, 1) for i in RECIPE.questions(5, step, 0, 1) for path in run.questions[i].images}
+    first = {shown for step in (0, 1) for i in RECIPE.dealt(5, step, 0, 1) for shown in run.conversations[i][0].images}
     late.write_bytes(b"no picture")
     with pytest.raises(InputError, match="cannot be read"):
         run.run()
