@@ -68,11 +68,13 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     written = killed / "answers-0.jsonl"
     end = time.monotonic() + 120
-    while not (written.exists() and written.read_bytes().count(b"\n") >= 12):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not (written.exists() and written.read_bytes().count(b"\n") >= 12):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     before = lines(killed)
     assert not (killed / "results.json").exists()
     succeed(*ASK, "--out", killed)
