@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import mmcompress
 from mmcompress import InputError, SpecError, UnsupportedError, cli
-from mmcompress.evals.matryoshka import CHECKPOINT, IGNORED, LOG, Recipe, Trainer, batch, readable
+from mmcompress.evals.conversations import IGNORED, batch, grouped, readable
+from mmcompress.evals.matryoshka import CHECKPOINT, LOG, Recipe, Trainer
 from mmcompress.evals.suites import configure
 from mmcompress.evals.suites.base import Suite
 
@@ -79,10 +80,10 @@ def test_questions_about_the_same_images_come_in_one_conversation(folder: Path, 
     rows = [{"image": "red.png", "question": f"what {word} is it ?", "answers": word} for word in ("color", "shape")]
     write(data, [*rows, {"image": "blue.png", "question": "what is it ?", "answers": "blue"}])
     processor = AutoProcessor.from_pretrained(folder)
-    conversations = Recipe((1,), steps=1, turns=2).conversations(readable(suite(data)))
+    conversations = grouped(readable(suite(data)), turns=2, seed=0)
     red, blue = sorted(conversations, key=len, reverse=True)
     assert {asked.images[0].name for asked in red} == {"red.png"} and len(red) == 2 and len(blue) == 1
-    assert [len(part) for part in Recipe((1,), steps=1).conversations(red)] == [1, 1]
+    assert [len(part) for part in grouped(red, turns=1, seed=0)] == [1, 1]
     inputs = batch(processor, [red])
     assert inputs["pixel_values"].shape[0] == 1
     said = processor.tokenizer.decode(inputs["input_ids"][0])
