@@ -78,7 +78,8 @@ def matryoshka(
 ) -> None:
     """Teach a LLaVA to answer from nested numbers of visual tokens; run again with the same folder to go on.
 
-    Every step draws one of the budgets. For several processes, start it with accelerate launch -m mmcompress.cli.
+    Every step draws one of the budgets. Forms of questions that an embedded model never learnt are left out, as of
+    its evaluations. For several processes, start it with accelerate launch -m mmcompress.cli.
 
     Try:
 
@@ -88,6 +89,7 @@ def matryoshka(
     from rich.progress import Progress
 
     from mmcompress.evals.matryoshka import Recipe, Trainer
+    from mmcompress.evals.micro.notes import UNLEARNT
     from mmcompress.evals.suites import configure
 
     try:
@@ -97,7 +99,7 @@ def matryoshka(
     if llm not in ("full", "lora", "frozen"):
         raise unknown_name("--llm", llm, ("full", "lora", "frozen"))
     recipe = Recipe(scales, steps, batch, turns, learning_rate, llm=typing.cast(Any, llm), tower=tower, seed=seed)
-    questions = dataclasses.replace(configure(suite, data), folder=data)
+    questions = dataclasses.replace(configure(suite, data, unlearnt=UNLEARNT.get(model, frozenset())), folder=data)
     loaded, processor = load_model(model, "cpu")
     console = Console()
     trainer = Trainer(loaded, processor, questions, recipe, out)
