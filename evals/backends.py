@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,7 +77,9 @@ class Backend(Protocol):
         """
 
 
-def prepare(model: Any, processor: Any, batch: Sequence[Question]) -> tuple[list[Question], Any, list[Problem]]:
+def prepare(
+    model: Any, processor: Any, batch: Sequence[Question], encode: Callable[..., Any] = encode
+) -> tuple[list[Question], Any, list[Problem]]:
     """The questions of a batch that can be asked, the model's inputs for them, and why others cannot."""
     pictures, ready, problems = {}, [], []
     for question in batch:
@@ -93,9 +95,9 @@ def prepare(model: Any, processor: Any, batch: Sequence[Question]) -> tuple[list
     except InputError as error:
         if len(batch) == 1:
             return [], None, [Problem(f"question {batch[0].id}", str(error))]
-        alone = [prepare(model, processor, [question]) for question in ready]
+        alone = [prepare(model, processor, [question], encode) for question in ready]
         fine = [question for questions, _, _ in alone for question in questions]
         if len(fine) == len(batch):
             raise  # what can be asked alone must not fail together
-    ready, inputs, _ = prepare(model, processor, fine)
+    ready, inputs, _ = prepare(model, processor, fine, encode)
     return ready, inputs, problems + [problem for _, _, found in alone for problem in found]

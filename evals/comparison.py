@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import transformers
 from rich.console import Console
@@ -21,7 +21,7 @@ from mmcompress.evals.backends import Backend, Terms, prepare
 from mmcompress.evals.environment import environment
 from mmcompress.evals.record import Asked, Record
 from mmcompress.evals.runner import Run, configure
-from mmcompress.evals.suites.base import Suite, draw, fingerprint
+from mmcompress.evals.suites.base import Problem, Question, Scorer, draw, fingerprint
 from mmcompress.registry import METHODS
 
 BASELINES = ("random", "uniform")
@@ -41,6 +41,21 @@ class Comparison:
 
     runs: list[Run]
     left_out: Mapping[str, str]
+
+
+class Readable(Protocol):
+    """What questions are read from: a suite, or a task of lmms-eval."""
+
+    @property
+    def scorer(self) -> Scorer:
+        """How answers are judged."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer."""
+
+    def read(self) -> tuple[list[Question], list[Problem]]:
+        """All questions, and the rows that are none."""
 
 
 def every_method(model: Any, backend: Backend = TRANSFORMERS) -> tuple[list[str], dict[str, str]]:
@@ -82,7 +97,7 @@ def plan(
     return Comparison(runs, left_out)
 
 
-def read(label: str, suite: Suite, terms: Terms) -> Asked:
+def read(label: str, suite: Readable, terms: Terms) -> Asked:
     """The questions to ask of a suite.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The plug-in of lmms-eval: `lmms_eval --model mmcompress`."""
+"""The plug-in of lmms-eval, `lmms_eval --model mmcompress`, and its tasks in `mmcompress eval --backend lmms`."""
 
 from __future__ import annotations
 

@@ -15,10 +15,9 @@ from lmms_eval.utils import Collator
 from tqdm import tqdm
 
 from mmcompress.errors import SpecError, UnsupportedError
+from mmcompress.evals.lmms.asking import answer, encode
 from mmcompress.evals.loading import load_model
 from mmcompress.integrations.hf import wrap
-
-_MAX_NEW_TOKENS = 1024  # of tasks that do not say
 
 
 class MMCompress(lmms):
@@ -99,15 +98,12 @@ class MMCompress(lmms):
             for task, split, document in zip(tasks, splits, documents, strict=True)
         ]
         inputs = self._encode(chats)
-        wanted = dict(settings[0])
-        stops = wanted.pop("until", None) or []
-        output = self.model.generate(**inputs, **_generation(wanted))[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(output, skip_special_tokens=True)
+        texts, output = answer(self.model, self.processor, inputs, settings[0])
         stats = None if self.handle is None else self.handle.stats
         read = inputs["attention_mask"].sum(dim=1).tolist() if stats is None else stats.row_kept
         pad = self.processor.tokenizer.pad_token_id
         return [
-            GenerationResult(_until(text, [stops] if isinstance(stops, str) else stops), TokenCounts(entered, length))
+            GenerationResult(text, TokenCounts(entered, length))
             for text, entered, length in zip(texts, read, (output != pad).sum(dim=1).tolist(), strict=True)
         ]
 
@@ -116,18 +112,7 @@ class MMCompress(lmms):
         if any(videos or audios for _, videos, audios in media):
             raise UnsupportedError("mmcompress answers tasks about images; this one has videos or sound.")
         images = [[image.convert("RGB") for image in shown] for shown, _, _ in media]
-        prompts = [
-            self.processor.apply_chat_template(chat.to_hf_messages(), tokenize=False, add_generation_prompt=True)
-            for chat in chats
-        ]
-        inputs = self.processor(
-            images=images if any(images) else None,
-            text=prompts,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return inputs.to(self.model.device, self.model.dtype)
+        return encode(self.model, self.processor, [chat.to_hf_messages() for chat in chats], images)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not to be had: a compressed model answers by generating."""
@@ -136,18 +121,3 @@ class MMCompress(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not to be had."""
         raise NotImplementedError("mmcompress answers one question at a time; take a task of a single round.")
-
-
-def _generation(wanted: dict[str, Any]) -> dict[str, Any]:
-    """A task's settings as transformers takes them: greedy unless it asks for a temperature."""
-    wanted = {name: value for name, value in wanted.items() if name not in ("image_aspect_ratio", "max_length")}
-    sampled = bool(wanted.pop("do_sample", False)) and wanted.get("temperature", 1.0) > 0
-    if not sampled:
-        wanted = {name: value for name, value in wanted.items() if name not in ("temperature", "top_p", "top_k")}
-    return {"max_new_tokens": _MAX_NEW_TOKENS, **wanted, "do_sample": sampled}
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of `stops`."""
-    ends = [text.index(stop) for stop in stops if stop and stop in text]
-    return text[: min(ends, default=len(text))].strip()

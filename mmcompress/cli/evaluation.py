@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,9 @@ from mmcompress.evals.micro import DEFAULT_MODEL, MODELS
 
 if typing.TYPE_CHECKING:
     from mmcompress.evals.backends import Backend
+    from mmcompress.evals.comparison import Readable
 
-BACKENDS = ("hf", "vllm")
+BACKENDS = ("hf", "vllm", "lmms")
 
 
 def demo(
@@ -42,7 +44,11 @@ def demo(
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = DEFAULT_MODEL,
     suite: Annotated[
-        str, typer.Option(help="Suites, separated by commas; mmcompress suites lists them.", metavar="SUITE,...")
+        str,
+        typer.Option(
+            help="Suites, separated by commas; mmcompress suites lists them. With --backend lmms tasks of lmms-eval.",
+            metavar="SUITE,...",
+        ),
     ] = "microvqa",
     method: Annotated[str, typer.Option(help="Methods or specs, separated by commas, or 'all'.")] = "all",
     keep: Annotated[
@@ -53,7 +59,9 @@ def evaluate(
         typer.Option(help="KV policies, separated by commas or joined by +; all else is asked without and with each."),
     ] = None,
     baselines: Annotated[bool, typer.Option(help="Ask with random and uniform tokens too.")] = True,
-    data: Annotated[Path, typer.Option(help="Folder with a folder for every suite.")] = Path("data"),
+    data: Annotated[
+        Path, typer.Option(help="Folder with a folder for every suite; with lmms, one with tasks of your own.")
+    ] = Path("data"),
     out: Annotated[Path, typer.Option(help="Directory for tables and answers; with answers in it, go on.")] = Path(
         "eval"
     ),
@@ -66,7 +74,12 @@ def evaluate(
         int | None, typer.Option(help="Questions asked at once; 64 of embedded models, 8 of others.", min=1)
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; more only help on idle cores.", min=1)] = 1,
-    backend: Annotated[str, typer.Option(help="What answers: hf, which is transformers, or vllm.")] = "hf",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="What answers: hf, which is transformers, vllm, or lmms, transformers to tasks of lmms-eval."
+        ),
+    ] = "hf",
     engine: Annotated[
         str | None,
         typer.Option(help="With vllm, arguments of its LLM as JSON, such as tensor_parallel_size.", metavar="JSON"),
@@ -78,7 +91,8 @@ def evaluate(
     its layers. Methods joined by + share the work: all but the last have a keep of their own. The unpruned model is
     always asked too, and so are random and uniform, unless --no-baselines. What a model or a budget does not allow is
     left out with the reason. A command that was stopped goes on where it was when it is given again. vLLM gets an
-    engine for every method and budget, one after another; its time is booked as one, under prefill.
+    engine for every method and budget, one after another; its time is booked as one, under prefill. Tasks of lmms-eval
+    have its prompts, settings and scores; it downloads what the environment allows and its cache lacks.
 
     Try:
 
@@ -87,25 +101,22 @@ def evaluate(
       mmcompress eval llava-hf/llava-1.5-7b-hf --suite gqa,pope --data /data --method todre --kv "snapkv(keep=64)"
       accelerate launch --num_processes 2 -m mmcompress.cli eval MODEL --suite textvqa
       mmcompress eval MODEL --suite gqa --method divprune --backend vllm --engine '{"tensor_parallel_size": 2}'
+      mmcompress eval MODEL --suite gqa,pope --backend lmms --method todre --keep 0.25
     """
-    from mmcompress.evals import suites
-    from mmcompress.evals.micro.notes import UNLEARNT
     from mmcompress.spec import split_specs
 
     keeps = [typing.cast("int | float", parse_keep(part)) for part in keep.split(",")]
     asked = [part.strip() for part in split_specs(method)]
     policies = [part.strip() for part in split_specs(kv)] if kv else []
     labels = list(dict.fromkeys(part.strip() for part in split_specs(suite)))
-    unlearnt = UNLEARNT.get(model, frozenset())
-    wanted_suites = [suites.configure(label, data, unlearnt=unlearnt) for label in labels]
 
     from mmcompress.evals import comparison
     from mmcompress.evals.backends import Terms
     from mmcompress.evals.processes import processes
 
-    answering = _backend(backend, engine)
+    answering, sources = _backend(backend, engine, model, labels, data)
     terms = Terms(model, seed, limit, batch_size or (64 if model in MODELS else 8), processes())
-    read = [comparison.read(label, wanted, terms) for label, wanted in zip(labels, wanted_suites, strict=True)]
+    read = [comparison.read(label, source, terms) for label, source in sources.items()]
     loaded, processor = load_model(model, answering.place(terms.processes))
 
     import torch
@@ -130,19 +141,31 @@ def evaluate(
         raise typer.Exit(130) from None
 
 
-def _backend(name: str, engine: str | None) -> Backend:
-    """What answers."""
+def _backend(
+    name: str, engine: str | None, model: str, labels: Sequence[str], data: Path
+) -> tuple[Backend, Mapping[str, Readable]]:
+    """What answers, and where its questions come from."""
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
+    if engine is not None and name != "vllm":
+        raise SpecError("--engine goes with --backend vllm.")
+    if name == "lmms":
+        from mmcompress.evals.backend_lmms import LMMS
+
+        asking = LMMS.load(labels, data)
+        return asking, asking.tasks
+    from mmcompress.evals import suites
+    from mmcompress.evals.micro.notes import UNLEARNT
+
+    unlearnt = UNLEARNT.get(model, frozenset())
+    found = {label: suites.configure(label, data, unlearnt=unlearnt) for label in labels}
     if name == "vllm":
         from mmcompress.evals.backend_vllm import VLLM
 
-        return VLLM.parse(engine)
-    if engine is not None:
-        raise SpecError("--engine goes with --backend vllm.")
+        return VLLM.parse(engine), found
     from mmcompress.evals.backend_hf import TRANSFORMERS
 
-    return TRANSFORMERS
+    return TRANSFORMERS, found
 
 
 def list_suites(
