@@ -43,8 +43,9 @@ class Recipe:
         steps: optimiser steps.
         batch: conversations per step and process.
         turns: the most questions of one conversation, which are about the same images.
-        learning_rate: highest, for all but LoRA's weights.
-        lora_learning_rate: highest, for these.
+        learning_rate: highest, for the projector and a full LLM.
+        lora_learning_rate: highest, for LoRA's weights.
+        tower_learning_rate: highest, for the vision tower.
         llm: what is trained of the LLM; the projector always is.
         tower: whether the vision tower is trained too.
         seed: of the order of the questions and of the budgets.
@@ -59,6 +60,7 @@ class Recipe:
     turns: int = 1
     learning_rate: float = 2e-5
     lora_learning_rate: float = 2e-4
+    tower_learning_rate: float = 2e-5
     llm: LLM = "full"
     tower: bool = False
     seed: int = 0
@@ -81,6 +83,12 @@ class Recipe:
             order = list(range(count))
             random.Random(f"{self.seed} epoch {epoch}").shuffle(order)
             yield from order[max(0, first - epoch * count) :]
+
+    def highest_rate(self, weight: str) -> float:
+        """The highest learning rate of the weight of this name."""
+        if "lora_" in weight:
+            return self.lora_learning_rate
+        return self.tower_learning_rate if "vision_tower" in weight else self.learning_rate
 
     def rate(self, step: int) -> float:
         """Share of the highest learning rate: a linear warm-up, then a cosine down to nothing."""
@@ -184,10 +192,10 @@ class Trainer:
         return {"step": self.step, "budget": budget, "loss": round(mean, 5)}
 
     def _groups(self) -> list[dict[str, Any]]:
-        lora = [weight for name, weight in self.trained.items() if "lora_" in name]
-        plain = [weight for name, weight in self.trained.items() if "lora_" not in name]
-        rates = ((plain, self.recipe.learning_rate), (lora, self.recipe.lora_learning_rate))
-        return [{"params": weights, "highest": rate, "lr": rate} for weights, rate in rates if weights]
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, weight in self.trained.items():
+            groups.setdefault(self.recipe.highest_rate(name), []).append(weight)
+        return [{"params": weights, "highest": rate, "lr": rate} for rate, weights in groups.items()]
 
     def _save(self) -> None:
         if not self.leads:

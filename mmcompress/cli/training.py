@@ -69,9 +69,10 @@ def matryoshka(
     turns: Annotated[
         int, typer.Option(help="The most questions of a conversation: those about the same images.", min=1)
     ] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Of the projector, the tower and a full LLM.", min=0)] = 2e-5,
+    learning_rate: Annotated[float, typer.Option(help="Of the projector and a full LLM.", min=0)] = 2e-5,
     llm: Annotated[str, typer.Option(help="What is trained of the LLM: full, lora or frozen.")] = "full",
     tower: Annotated[bool, typer.Option(help="Train the vision tower too.")] = False,
+    tower_learning_rate: Annotated[float, typer.Option(help="Of the vision tower.", min=0)] = 2e-5,
     seed: Annotated[int, typer.Option(help="Of the order of questions and budgets.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 200,
     workers: Annotated[int, typer.Option(help="Processes that read images ahead.", min=0)] = 0,
@@ -98,7 +99,17 @@ def matryoshka(
         raise SpecError(f"--budgets {budgets!r}: write token counts separated by commas, as in 144,36,9,1.") from None
     if llm not in ("full", "lora", "frozen"):
         raise unknown_name("--llm", llm, ("full", "lora", "frozen"))
-    recipe = Recipe(scales, steps, batch, turns, learning_rate, llm=typing.cast(Any, llm), tower=tower, seed=seed)
+    recipe = Recipe(
+        scales,
+        steps,
+        batch,
+        turns,
+        learning_rate,
+        tower_learning_rate=tower_learning_rate,
+        llm=typing.cast(Any, llm),
+        tower=tower,
+        seed=seed,
+    )
     questions = dataclasses.replace(configure(suite, data, unlearnt=UNLEARNT.get(model, frozenset())), folder=data)
     loaded, processor = load_model(model, "cpu")
     console = Console()

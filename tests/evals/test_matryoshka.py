@@ -103,6 +103,16 @@ def test_a_template_that_writes_conversations_anew_is_refused(folder: Path, data
         batch(processor, [red * 2])
 
 
+def test_the_tower_learns_at_a_rate_of_its_own(folder: Path, data: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, steps=1, tower=True, llm="frozen", tower_learning_rate=0.0)
+    run = trainer(folder, data, tmp_path / "out", recipe)
+    assert {group["highest"] for group in run.optimizer.param_groups} == {0.0, recipe.learning_rate}
+    run.run()
+    before, after = weights(folder), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("multi_modal_projector" in name for name in changed)
+
+
 def test_budgets_and_questions_depend_on_the_step_alone() -> None:
     recipe = Recipe((1, 4), steps=10, batch=3, seed=5)
     assert {recipe.budget(step) for step in range(50)} == {1, 4}
