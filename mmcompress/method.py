@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from mmcompress.budget import Budget
 from mmcompress.errors import InputError, SpecError
@@ -83,13 +84,20 @@ def check_selection(name: str, selection: Selection, tokens: int, budget: int, e
         problem = f"{kept} tokens for a budget of {budget}"
     elif anchor.dtype != torch.int64 or anchor.dim() != 1:
         problem = f"anchors of type {anchor.dtype} and shape {list(anchor.shape)} instead of int64 [kept]"
-    elif len(anchor.unique()) != kept or not 0 <= int(anchor.min()) <= int(anchor.max()) < tokens:
+    elif _repeats_or_leaves(anchor, tokens):
         problem = f"anchors that repeat or lie outside 0..{tokens - 1}"
     elif weight is not None and weight.shape != (kept, tokens):
         problem = f"weights of shape {list(weight.shape)} instead of {[kept, tokens]}"
     else:
         return
     raise SpecError(f"method {name!r} returned {problem}.")
+
+
+def _repeats_or_leaves(anchor: Tensor, tokens: int) -> bool:
+    """Whether anchors are not all different, or not all among `tokens`."""
+    ascending = anchor.sort().values
+    repeats = (ascending[1:] == ascending[:-1]).any()
+    return bool(repeats | (ascending[0] < 0) | (ascending[-1] >= tokens))
 
 
 def require_finite(item: VisualItem, needs: Needs) -> None:

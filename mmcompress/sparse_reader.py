@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from mmcompress import ops
 from mmcompress.kv_policy import KVPolicy
@@ -128,21 +127,6 @@ class Reading:
             for copy in range(copies)
         ]
         return torch.stack(outputs, dim=2).view(query.shape)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scaling: float) -> Tensor:
-    """Attention of one token to entries that were gathered for it `[batch, heads, dim]`.
-
-    Args:
-        query: `[batch, heads, dim]`.
-        key: `[batch, heads, read, dim]`, for each KV head, or for each query head.
-        value: likewise.
-        valid: `[batch, heads, read]` bool, which of them are read; of one head if of all the same.
-        scaling: factor on the logits.
-    """
-    groups = query.unflatten(1, (key.shape[1], -1))
-    output = scaled_dot_product_attention(groups, key, value, attn_mask=valid[:, :, None], scale=scaling)
-    return output.flatten(1, 2)
 
 
 @dataclass(frozen=True)

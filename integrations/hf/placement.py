@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def place_items(
     is_text = current & ~any_visual
     if text_tower is not None and ids is None:
         raise UnsupportedError("the text tower reads the prompt's token ids; pass input_ids, not inputs_embeds.")
-    placed = []
+    placed: list[tuple[int, int, Placed]] = []
     for modality, mask in visual.items():
         places = mask.to(embeds.device).nonzero()
         if len(places) == 0:
@@ -84,11 +85,13 @@ def place_items(
             layouts, statistics = _join_runs(originals, layouts, statistics)
             reductions = [None] * len(layouts)  # these families have no encoder stage
         lengths = [len(layout.separator) for layout in layouts]
-        items = zip(layouts, statistics, reductions, originals.split(lengths), strict=True)
-        for number, (layout, values, reduced, at) in enumerate(items):
-            row, columns = int(at[0, 0]), at[:, 1]
-            if int(at[-1, 0]) != row:
-                raise InputError(f"{modality} {number} has {len(at)} features but row {row} has room for fewer.")
+        bounds = [(end - length, end - 1) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+        # At once, for the host waits for every number that it reads.
+        corners = originals[torch.tensor(bounds, device=originals.device)].tolist()
+        items = zip(layouts, statistics, reductions, originals[:, 1].split(lengths), corners, strict=True)
+        for number, (layout, values, reduced, columns, ((row, column), (last_row, _))) in enumerate(items):
+            if last_row != row:
+                raise InputError(f"{modality} {number} has {len(columns)} features but row {row} has room for fewer.")
             candidates = columns[~layout.separator.to(columns.device)]
             features = values[FEATURES].to(embeds.device) if FEATURES in values else None
             item = visual_item(
@@ -103,8 +106,9 @@ def place_items(
                 prompt = ids[row, is_text[row].to(ids.device)]
                 item = replace(item, relevance=text_tower.relevance(item.features, prompt))
             rows = range(row, row + copies)
-            placed.append(Placed(item, rows, candidates, int(layout.separator.sum()), features, reduced))
-    return sorted(placed, key=lambda entry: (entry.rows[0], int(entry.positions[0])))
+            separators = len(columns) - len(candidates)
+            placed.append((row, column, Placed(item, rows, candidates, separators, features, reduced)))
+    return [entry for *_, entry in sorted(placed, key=lambda found: found[:2])]
 
 
 def visual_item(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mmcompress import ops
 from mmcompress.integrations.vllm.kv.plan import Window
-from mmcompress.sparse_reader import attend
 
 
 @dataclass(frozen=True)
@@ -122,4 +122,6 @@ class Steps:
             scaling: factor on the logits.
         """
         slots, valid = read
-        return attend(query, *paged.read(slots), valid, scaling)
+        key, value = paged.read(slots)
+        places = torch.arange(key.shape[2], device=key.device).expand(key.shape[:3]).masked_fill(~valid, -1)
+        return ops.attention_decode_sparse(query[:, :, None], key, value, places, 1, scaling)[:, :, 0]
