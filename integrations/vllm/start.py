@@ -166,6 +166,8 @@ def _obstacles(vllm_config: Any, compression: Compression) -> Iterator[str]:
         yield "vLLM's own video pruning changes the same positions; leave out --video-pruning-rate"
     if has_mrope and vllm_config.parallel_config.pipeline_parallel_size > 1:
         yield "later pipeline stages would get wrong positions; use --tensor-parallel-size instead of pipeline stages"
+    if has_mrope and vllm_config.parallel_config.use_ubatching:
+        yield "each half of a batch would get the positions of the whole; leave out --enable-dbo and --ubatch-size"
     if has_mrope and compilation.cudagraph_mode == CUDAGraphMode.FULL:
         yield "full CUDA graphs of prefill would leave out positions; use cudagraph_mode FULL_AND_PIECEWISE"
 

@@ -18,6 +18,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmcompress.errors import InputError
 from mmcompress.evals.micro import model_path
+from mmcompress.integrations.vllm.doctor import outlook
 from mmcompress.integrations.vllm.model import _decode, _encode
 from mmcompress.integrations.vllm.plugin import register
 from mmcompress.integrations.vllm.settings import KEEP, Settings
@@ -95,6 +96,7 @@ def test_wrong_requests_are_refused(wanted: Any, reason: str) -> None:
         ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
         ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data"),
         ({"pipeline_parallel_size": 2}, "use --tensor-parallel-size"),
+        ({"ubatch_size": 2}, "--ubatch-size"),
         ({"compilation_config": {"cudagraph_mode": "FULL"}}, "FULL_AND_PIECEWISE"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
     ],
@@ -104,6 +106,10 @@ def test_engines_that_stand_against_it_are_refused(settings: dict[str, Any], rea
     with pytest.raises(Exception) as refused:
         configured({"method": "hiprune", "keep": 0.2}, qwen, **settings)
     assert reason in str(refused.value)
+
+
+def test_the_doctor_counts_the_tokens_of_the_model() -> None:
+    assert "keeps 51 of 256 tokens" in outlook(str(model_path()), {"method": "hired", "keep": 0.2})
 
 
 def test_methods_without_what_they_need_are_refused(qwen: Path) -> None:
