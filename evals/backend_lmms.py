@@ -15,11 +15,10 @@ from rich.console import Console
 from mmcompress.errors import UnsupportedError
 from mmcompress.evals.answers import Answers, Key
 from mmcompress.evals.backend_hf import HF
-from mmcompress.evals.backends import Terms, prepare
+from mmcompress.evals.backends import Terms, lacking, prepare
 from mmcompress.evals.progress import counting
 from mmcompress.evals.record import Asked
 from mmcompress.evals.runner import Run, Spent, batches, configure, warm_up
-from mmcompress.evals.suites.base import Question
 from mmcompress.integrations.hf import wrap
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class LMMS(HF):
 
         number, count = terms.processes.number, terms.processes.count
         dealt = [(asked, batch) for asked in suites for batch in batches(asked.questions, terms.batch_size)]
-        work = [(run, _lacking(run, dealt[number::count], answers)) for run in runs]
+        work = [(run, lacking(run, dealt[number::count], answers)) for run in runs]
         warm = False
         with counting(console, transient=True, hidden=number > 0) as progress:
             total = sum(len(questions) for _, parts in work for _, questions in parts)
@@ -92,14 +91,3 @@ class LMMS(HF):
                         assert handle.stats is not None  # every question has an image
                         keys = [Key.of(asked.label, question.id, run) for question in ready]
                         answers.add(zip(keys, texts, Spent.rows(handle.stats), strict=True))
-
-
-def _lacking(
-    run: Run, dealt: Sequence[tuple[Asked, list[Question]]], answers: Answers
-) -> list[tuple[Asked, list[Question]]]:
-    """The questions of every batch that `run` has not answered, where there are any."""
-    found = [
-        (asked, [question for question in batch if Key.of(asked.label, question.id, run) not in answers])
-        for asked, batch in dealt
-    ]
-    return [(asked, questions) for asked, questions in found if questions]

@@ -15,7 +15,7 @@ from rich.console import Console
 from mmcompress.accounting import StageSeconds
 from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.evals.answers import Answers, Key
-from mmcompress.evals.backends import Terms, prepare
+from mmcompress.evals.backends import Terms, lacking, prepare
 from mmcompress.evals.environment import model_facts
 from mmcompress.evals.micro import MODELS
 from mmcompress.evals.processes import Processes
@@ -118,7 +118,8 @@ class VLLM:
         Raises:
             UnsupportedError: the engine of a run does not start.
         """
-        lacking = {run: _lacking(run, suites, answers) for run in runs}
+        everything = [(suite, suite.questions) for suite in suites]
+        unanswered = {run: lacking(run, everything, answers) for run in runs}
         images = max((len(asked.images) for suite in suites for asked in suite.questions), default=1)
         usual = {
             "seed": terms.seed,
@@ -126,9 +127,9 @@ class VLLM:
             "limit_mm_per_prompt": {"image": images},
         }
         with counting(console, transient=True) as progress:
-            total = sum(len(questions) for work in lacking.values() for _, questions in work)
+            total = sum(len(questions) for work in unanswered.values() for _, questions in work)
             task = progress.add_task("answering", total=total)
-            for run, work in lacking.items():
+            for run, work in unanswered.items():
                 if not work:
                     continue
                 costs = _Costs(model, run)
@@ -156,15 +157,6 @@ class VLLM:
             llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()
-
-
-def _lacking(run: Run, suites: Sequence[Asked], answers: Answers) -> list[tuple[Asked, list[Question]]]:
-    """The questions of every suite that `run` has not answered, where there are any."""
-    found = [
-        (suite, [asked for asked in suite.questions if Key.of(suite.label, asked.id, run) not in answers])
-        for suite in suites
-    ]
-    return [(suite, questions) for suite, questions in found if questions]
 
 
 def _answers(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from mmcompress.errors import InputError
-from mmcompress.evals.answers import Answers
+from mmcompress.evals.answers import Answers, Key
 from mmcompress.evals.processes import ALONE, Processes
 from mmcompress.evals.record import Asked
 from mmcompress.evals.runner import Run, encode
@@ -75,6 +75,17 @@ class Backend(Protocol):
         Raises:
             UnsupportedError: a run is not possible.
         """
+
+
+def lacking(
+    run: Run, parts: Sequence[tuple[Asked, Sequence[Question]]], answers: Answers
+) -> list[tuple[Asked, list[Question]]]:
+    """The questions of every part of a suite that `run` has not answered, where there are any."""
+    found = [
+        (asked, [question for question in questions if Key.of(asked.label, question.id, run) not in answers])
+        for asked, questions in parts
+    ]
+    return [(asked, questions) for asked, questions in found if questions]
 
 
 def prepare(
