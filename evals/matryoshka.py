@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mmcompress.errors import InputError, SpecError
@@ -26,6 +28,7 @@ from mmcompress.integrations.hf.projector_stage import SCALES
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 LLM = Literal["frozen", "lora", "full"]
 
+_UNUSED = DistributedDataParallelKwargs(find_unused_parameters=True)  # tower layers behind the one that is looked at
 _WARM_UP = 0.03
 _MAX_GRADIENT = 1.0
 _LORA_RANK, _LORA_ALPHA = 128, 256
@@ -39,10 +42,11 @@ class Recipe:
     """What a run is; an interrupted one goes on only with the same.
 
     Args:
-        budgets: tokens per tile, one of which is drawn for every step.
+        budgets: tokens per tile, of which every step draws some.
         steps: optimiser steps.
         batch: conversations per step and process.
         turns: the most questions of one conversation, which are about the same images.
+        draws: budgets of a step, whose losses are averaged; M3 was trained with all of them.
         learning_rate: highest, for the projector and a full LLM.
         lora_learning_rate: highest, for LoRA's weights.
         tower_learning_rate: highest, for the vision tower.
@@ -58,6 +62,7 @@ class Recipe:
     steps: int
     batch: int = 8
     turns: int = 1
+    draws: int = 1
     learning_rate: float = 2e-5
     lora_learning_rate: float = 2e-4
     tower_learning_rate: float = 2e-5
@@ -68,10 +73,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.budgets or min(self.steps, self.batch, self.turns) < 1:
             raise SpecError("training needs budgets, and at least one step of at least one question.")
+        if not 1 <= self.draws <= len(self.budgets):
+            raise SpecError(f"a step cannot draw {self.draws} of {len(self.budgets)} budgets.")
 
-    def budget(self, step: int) -> int:
-        """The budget of a step, the same in all processes."""
-        return random.Random(f"{self.seed} {step}").choice(self.budgets)
+    def drawn(self, step: int) -> list[int]:
+        """The budgets of a step, the same in all processes."""
+        return random.Random(f"{self.seed} {step}").sample(self.budgets, self.draws)
 
     def dealt(self, count: int, step: int, rank: int, processes: int) -> list[int]:
         """Which of `count` conversations a process is given in a step; every epoch has an order of its own."""
@@ -136,8 +143,8 @@ class Trainer:
         check_template(processor, self.conversations)
         self.processor, self.recipe, self.folder = processor, recipe, folder
         self.step, self.rows = 0, list[dict[str, Any]]()
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.dtype = model.dtype
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[_UNUSED])
+        self.dtype, self.tower = model.dtype, model.model.vision_tower
         self.model = _prepared(model.float(), recipe)
         self.handle = wrap(self.model, "m3", keep=most, scales=recipe.budgets)
         self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -168,28 +175,30 @@ class Trainer:
         ahead = range(self.step, self.recipe.steps)
         try:
             for inputs in DataLoader(data, batch_size=None, sampler=ahead, num_workers=workers):
-                row = self._train(inputs.to(self.accelerator.device))
-                self.rows.append(row)
-                report(row)
+                for row in self._train(inputs.to(self.accelerator.device)):
+                    self.rows.append(row)
+                    report(row)
                 if self.step % save_every == 0:
                     self._save()
         finally:
             self._save()
         self._export()
 
-    def _train(self, inputs: Any) -> dict[str, Any]:
-        budget = self.recipe.budget(self.step)
+    def _train(self, inputs: Any) -> list[dict[str, Any]]:
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest"] * self.recipe.rate(self.step)
-        with self.handle.set(keep=budget):
-            loss = self.runner(**inputs).loss
-        self.accelerator.backward(loss)
+        losses = dict[int, Tensor]()
+        with _encoding_once(self.tower):
+            for budget in self.recipe.drawn(self.step):
+                with self.handle.set(keep=budget):
+                    losses[budget] = self.runner(**inputs).loss
+        self.accelerator.backward(torch.stack(list(losses.values())).mean())
         self.accelerator.clip_grad_norm_(self.trained.values(), _MAX_GRADIENT)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        mean = float(self.accelerator.reduce(loss.detach(), "mean"))
-        return {"step": self.step, "budget": budget, "loss": round(mean, 5)}
+        means = {budget: self.accelerator.reduce(loss.detach(), "mean") for budget, loss in losses.items()}
+        return [{"step": self.step, "budget": budget, "loss": round(float(mean), 5)} for budget, mean in means.items()]
 
     def _groups(self) -> list[dict[str, Any]]:
         groups: dict[float, list[nn.Parameter]] = {}
@@ -242,6 +251,23 @@ class Trainer:
         if (self.folder / "model.safetensors").is_file():
             rename_as_on_the_hub(self.folder / "model.safetensors")
         self.processor.save_pretrained(self.folder)
+
+
+@contextmanager
+def _encoding_once(tower: nn.Module) -> Iterator[None]:
+    """Within, the tower encodes the images of its first call and answers others with what came of it."""
+    forward, encoded = tower.forward, list[Any]()
+
+    def first_or_same(*args: Any, **options: Any) -> Any:
+        if not encoded:
+            encoded.append(forward(*args, **options))
+        return encoded[0]
+
+    tower.forward = first_or_same
+    try:
+        yield
+    finally:
+        tower.forward = forward
 
 
 def _prepared(model: Any, recipe: Recipe) -> Any:

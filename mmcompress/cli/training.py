@@ -69,6 +69,9 @@ def matryoshka(
     turns: Annotated[
         int, typer.Option(help="The most questions of a conversation: those about the same images.", min=1)
     ] = 1,
+    draws: Annotated[
+        int, typer.Option(help="Budgets of a step, for which images are encoded once; as many as there are for M3's.")
+    ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of the projector and a full LLM.", min=0)] = 2e-5,
     llm: Annotated[str, typer.Option(help="What is trained of the LLM: full, lora or frozen.")] = "full",
     tower: Annotated[bool, typer.Option(help="Train the vision tower too.")] = False,
@@ -79,8 +82,9 @@ def matryoshka(
 ) -> None:
     """Teach a LLaVA to answer from nested numbers of visual tokens; run again with the same folder to go on.
 
-    Every step draws one of the budgets. Forms of questions that an embedded model never learnt are left out, as of
-    its evaluations. For several processes, start it with accelerate launch -m mmcompress.cli.
+    Every step draws one of the budgets, or several with --draws. Forms of questions that an embedded model never
+    learnt are left out, as of its evaluations. For several processes, start it with accelerate launch -m
+    mmcompress.cli.
 
     Try:
 
@@ -104,6 +108,7 @@ def matryoshka(
         steps,
         batch,
         turns,
+        draws,
         learning_rate,
         tower_learning_rate=tower_learning_rate,
         llm=typing.cast(Any, llm),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from typer.testing import CliRunner
 
 import mmcompress
 from mmcompress import InputError, SpecError, UnsupportedError, cli
+from mmcompress.evals import matryoshka
 from mmcompress.evals.conversations import IGNORED, batch, grouped, readable
 from mmcompress.evals.matryoshka import CHECKPOINT, LOG, Recipe, Trainer
 from mmcompress.evals.suites import configure
@@ -115,7 +119,9 @@ def test_the_tower_learns_at_a_rate_of_its_own(folder: Path, data: Path, tmp_pat
 
 def test_budgets_and_questions_depend_on_the_step_alone() -> None:
     recipe = Recipe((1, 4), steps=10, batch=3, seed=5)
-    assert {recipe.budget(step) for step in range(50)} == {1, 4}
+    assert {budget for step in range(50) for budget in recipe.drawn(step)} == {1, 4}
+    assert all(len(recipe.drawn(step)) == 1 for step in range(50))
+    assert sorted(dataclasses.replace(recipe, draws=2).drawn(3)) == [1, 4]
     together = [recipe.dealt(7, step, rank, 2) for step in range(7) for rank in range(2)]
     dealt = [question for part in together for question in part]
     for epoch in range(6):
@@ -143,6 +149,31 @@ def test_it_learns_and_leaves_a_model_that_knows_its_scales(folder: Path, data: 
         assert handle.dial.budgets() == (1, 16)
     with pytest.raises(SpecError, match="M3 has no budget 4: it takes 1, 16"):
         mmcompress.wrap(model, "m3", keep=4)
+
+
+def test_a_step_of_all_budgets_is_their_mean_and_encodes_images_once(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matryoshka, "_MAX_GRADIENT", 1e9)  # clipped gradients have no mean
+
+    def gradients(budgets: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], int, dict[int, float]]:
+        """Of one step at a learning rate that changes nothing, by AdamW's first moment; calls of the tower; losses."""
+        recipe = Recipe(budgets, steps=1, batch=2, draws=len(budgets), tower=True, seed=1)
+        recipe = dataclasses.replace(recipe, learning_rate=0.0, tower_learning_rate=0.0)
+        run = trainer(folder, data, tmp_path / str(budgets), recipe)
+        calls = list[Any]()
+        run.model.model.vision_tower.embeddings.register_forward_hook(lambda *_: calls.append(1))
+        run.run()
+        states = {name: run.optimizer.state[weight] for name, weight in run.trained.items()}
+        moments = {name: state["exp_avg"] for name, state in states.items() if state}
+        return moments, len(calls), {row["budget"]: row["loss"] for row in run.rows}
+
+    both, calls, losses = gradients((4, 16))
+    parts = [gradients((budget,)) for budget in (4, 16)]
+    assert calls == 1 and losses == parts[0][2] | parts[1][2]
+    assert any("vision_tower" in name for name in both)
+    for name, moment in both.items():
+        torch.testing.assert_close(moment, (parts[0][0][name] + parts[1][0][name]) / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_an_interrupted_run_ends_like_one_that_was_not(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -209,6 +240,8 @@ def test_budgets_must_be_possible(folder: Path, data: Path, tmp_path: Path) -> N
         trainer(folder, data, tmp_path / "out", dataclasses.replace(RECIPE, budgets=(1, 9)))
     with pytest.raises(SpecError, match="training needs budgets"):
         Recipe((), steps=1)
+    with pytest.raises(SpecError, match="a step cannot draw 3 of 2 budgets"):
+        Recipe((1, 4), steps=1, draws=3)
 
 
 def test_families_without_such_a_projector_are_refused(data: Path, tmp_path: Path) -> None:
@@ -250,3 +283,22 @@ def test_the_command_trains_and_goes_on(folder: Path, data: Path, tmp_path: Path
         assert failed.exit_code == 2 and message in " ".join(failed.stderr.split())
     failed = command("--budgets", "16", "--llm", "lor")
     assert failed.exit_code == 2 and "Did you mean 'lora'" in " ".join(failed.stderr.split())
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_from_both_their_shares(folder: Path, data: Path, tmp_path: Path) -> None:
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    for name, launcher, batch_size in (("one", [], "4"), ("two", [*launch, "--mixed_precision", "no"], "2")):
+        given = ["--model", str(folder), "--data", str(data), "--suite", "jsonl(prompt=plain)", "--budgets", "16,4,1"]
+        given += ["--draws", "2", "--tower", "--steps", "3", "--batch", batch_size, "--out", str(tmp_path / name)]
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "mmcompress.cli", "train", "matryoshka", *given],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = ([json.loads(row) for row in (tmp_path / name / LOG).open()] for name in ("one", "two"))
+    assert [(row["step"], row["budget"]) for row in one] == [(row["step"], row["budget"]) for row in two]
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-2)
