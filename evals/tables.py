@@ -28,6 +28,7 @@ class Step(NamedTuple):
 _CALIBRATION = "build/kvquant-micro-llava.safetensors"
 _DRAFT = '"speckv": {"draft": "evals/micro/models/micro-llava-nodrop", "lookahead": 4}'
 _KV_OPTIONS = f'{{{_DRAFT}, "kvquant": {{"calibration": "{_CALIBRATION}"}}}}'
+_ASKED = "cdpruner(text_tower=evals/micro/models/micro-llava/text-tower)"
 _IN_LLM = (
     "divprune,hiprune,fastv,fastv(layer=1),dart,dart(layer=1),pyramiddrop,sparsevlm,sparsevlm(version='2.0'),"
     "transprune,transprune(prune_layers=[1, 2]),divprune(keep=0.6) + transprune,hiprune(keep=0.6) + transprune,"
@@ -43,12 +44,12 @@ TABLES: dict[str, Sequence[Step]] = {
     "micro-llava-nodrop": [Step("mmcompress demo --model micro-llava-nodrop")],
     "micro-qwen2.5-vl": [Step("mmcompress demo --model micro-qwen2.5-vl")],
     "micro-llava-all": [
-        Step("mmcompress eval --method 'all,cdpruner(text_tower=evals/micro/models/micro-llava/text-tower)'")
+        Step(f"mmcompress eval --method 'all,{_ASKED}'")
     ],
     "micro-llava-in-llm": [Step(f"mmcompress eval --method {shlex.quote(_IN_LLM)} --keep 0.75,0.5,0.4,0.3")],
     "micro-llava-m3": [
-        Step(f"mmcompress eval {model} --method m3,todre,divprune --keep 64,16,4,1", into)
-        for model, into in (("micro-llava-m3", "trained"), ("micro-llava", "untrained"))
+        Step("mmcompress eval micro-llava-m3 --method m3,todre,divprune --keep 64,16,4,1", "trained"),
+        Step(f"mmcompress eval micro-llava --method 'm3,todre,divprune,{_ASKED}' --keep 64,16,4,1", "untrained"),
     ],
     "kv-micro-llava": [
         Step(f"mmcompress calibrate micro-llava --out {_CALIBRATION}"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 from typing import Any
 
+from mmcompress.errors import SpecError
 from mmcompress.integrations.vllm.architectures import ARCHITECTURES, PREFIX
 from mmcompress.integrations.vllm.kv.platform import offer_backend
 
@@ -38,9 +40,19 @@ def _then_configure(verify: Any) -> Any:
 
 
 def configure(vllm_config: Any) -> None:
-    """Have the compressed model loaded, if that is asked for and possible."""
+    """Have the compressed model loaded, if that is asked for and possible.
+
+    Raises:
+        SpecError: it is malformed, or asked for under a name that is nearly ours.
+        UnsupportedError: this model, engine or release of vLLM cannot carry it out.
+    """
     wanted = vllm_config.additional_config
-    if not isinstance(wanted, dict) or "mmcompress" not in wanted:
+    if not isinstance(wanted, dict):
+        return
+    others = {str(name).lower(): name for name in wanted if name != "mmcompress"}
+    for misspelt in difflib.get_close_matches("mmcompress", others, cutoff=0.9):
+        raise SpecError(f"unknown entry {others[misspelt]!r} of the additional config. Did you mean 'mmcompress'?")
+    if "mmcompress" not in wanted:
         return
     from mmcompress.integrations.vllm.start import start
 

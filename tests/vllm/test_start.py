@@ -14,6 +14,7 @@ from configured import configured
 from kept import make
 from PIL import Image
 from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmcompress.errors import InputError
@@ -135,6 +136,19 @@ def test_other_releases_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_vllm_of_another_shape_still_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(VllmConfig, "try_verify_and_update_config")
     register()
+
+
+@pytest.mark.parametrize("name", ["mmcompres", "mm_compress", "MMCompress", "mm-compress"])
+def test_our_entry_must_not_be_misspelt(name: str) -> None:
+    config = {name: {"method": "hired", "keep": 0.2}}
+    with pytest.raises(Exception, match=f"unknown entry '{name}' of the additional config. Did you mean 'mmcompress'"):
+        EngineArgs(model=str(model_path()), max_model_len=1024, additional_config=config).create_engine_config()
+
+
+def test_entries_of_others_are_theirs() -> None:
+    arguments = EngineArgs(model=str(model_path()), max_model_len=1024, additional_config={"compress": 1, "mm": 2})
+    config = arguments.create_engine_config()
+    assert config.model_config.architecture == "LlavaForConditionalGeneration"
 
 
 def test_a_server_that_is_refused_never_starts() -> None:
