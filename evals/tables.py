@@ -43,9 +43,7 @@ TABLES: dict[str, Sequence[Step]] = {
     "micro-llava": [Step("mmcompress demo --model micro-llava")],
     "micro-llava-nodrop": [Step("mmcompress demo --model micro-llava-nodrop")],
     "micro-qwen2.5-vl": [Step("mmcompress demo --model micro-qwen2.5-vl")],
-    "micro-llava-all": [
-        Step(f"mmcompress eval --method 'all,{_ASKED}'")
-    ],
+    "micro-llava-all": [Step(f"mmcompress eval --method 'all,{_ASKED}'")],
     "micro-llava-in-llm": [Step(f"mmcompress eval --method {shlex.quote(_IN_LLM)} --keep 0.75,0.5,0.4,0.3")],
     "micro-llava-m3": [
         Step("mmcompress eval micro-llava-m3 --method m3,todre,divprune --keep 64,16,4,1", "trained"),
