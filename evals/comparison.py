@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +18,13 @@ from mmcompress.evals.answers import Answers, Key, write_whole
 from mmcompress.evals.backend_hf import TRANSFORMERS
 from mmcompress.evals.backends import Backend, Terms, prepare
 from mmcompress.evals.environment import environment
+from mmcompress.evals.loading import weights_fingerprint
 from mmcompress.evals.record import Asked, Record
 from mmcompress.evals.runner import Run, configure
 from mmcompress.evals.suites.base import Problem, Question, Scorer, draw, fingerprint
 from mmcompress.registry import METHODS
 
 BASELINES = ("random", "uniform")
-WEIGHTS_SEEN = 16
 """Of every parameter, to tell whether a model has been trained on since."""
 
 
@@ -216,7 +215,7 @@ def _conditions(model: Any, suites: Sequence[Asked], terms: Terms) -> dict[str, 
     return {
         "model": terms.model,
         "revision": getattr(model.config, "_commit_hash", None),
-        "weights": _fingerprint(model),
+        "weights": weights_fingerprint(model),
         "dtype": str(model.dtype),
         "seed": terms.seed,
         "batch_size": terms.batch_size,
@@ -224,15 +223,6 @@ def _conditions(model: Any, suites: Sequence[Asked], terms: Terms) -> dict[str, 
         "transformers": transformers.__version__,
         **{f"questions of {asked.label}": fingerprint(asked.questions) for asked in suites},
     }
-
-
-def _fingerprint(model: Any) -> str:
-    """Equal for equal weights, seen at a few places of each."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        some = weight.detach().flatten()[:: max(1, weight.numel() // WEIGHTS_SEEN)]
-        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _takes_keep(methods: str) -> bool:

@@ -103,11 +103,13 @@ def _chat(processor: Any, asked: Conversation) -> tuple[str, list[tuple[Tensor, 
         parts += [prompt.removeprefix(said), ending]
         said = prompt + ending
     opening, *rest = parts
-    encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in rest]
-    for ids in encoded[::2]:
-        if tokenizer.eos_token_id not in ids:
-            ids.append(tokenizer.eos_token_id)
-    return opening, [(torch.tensor(ids), number % 2 == 0) for number, ids in enumerate(encoded)]
+    return opening, [(_encoded(tokenizer, part, i % 2 == 0), i % 2 == 0) for i, part in enumerate(rest)]
+
+
+def _encoded(tokenizer: Any, part: str, is_answer: bool) -> Tensor:
+    """The tokens of a part; an answer ends as generation does, also where the template has but a blank behind it."""
+    ends = [] if not is_answer or tokenizer.eos_token in part else [tokenizer.eos_token_id]
+    return torch.tensor(tokenizer(part.rstrip() if ends else part, add_special_tokens=False)["input_ids"] + ends)
 
 
 def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:

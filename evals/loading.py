@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from mmcompress.errors import UnsupportedError
 from mmcompress.evals.micro import DEFAULT_MODEL, MODELS, model_path
 from mmcompress.evals.micro.processing import load_processor
 from mmcompress.integrations.hf.families import FAMILIES
+
+WEIGHTS_SEEN = 16
 
 
 def load_micro(name: str = DEFAULT_MODEL) -> tuple[Any, Any]:
@@ -44,3 +47,12 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     except Exception as error:  # there are as many ways as there are broken folders
         raise UnsupportedError(f"cannot load model {name!r}: {' '.join(str(error).split())}") from error
     raise UnsupportedError(f"model {name!r} is of type {kind!r}; supported families: {', '.join(sorted(FAMILIES))}.")
+
+
+def weights_fingerprint(model: Any) -> str:
+    """Equal for equal weights, seen at a few places of each."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // WEIGHTS_SEEN)]
+        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -14,14 +15,15 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmcompress.errors import InputError, SpecError
+from mmcompress.errors import InputError, SpecError, UnsupportedError
 from mmcompress.evals.conversations import batch, check_template, grouped, readable
+from mmcompress.evals.loading import weights_fingerprint
 from mmcompress.evals.micro.saving import rename_as_on_the_hub
-from mmcompress.evals.suites.base import Question, Suite
+from mmcompress.evals.suites.base import Question, Suite, fingerprint
 from mmcompress.integrations.hf import wrap
 from mmcompress.integrations.hf.projector_stage import SCALES
 
@@ -31,6 +33,7 @@ LLM = Literal["frozen", "lora", "full"]
 _UNUSED = DistributedDataParallelKwargs(find_unused_parameters=True)  # tower layers behind the one that is looked at
 _WARM_UP = 0.03
 _MAX_GRADIENT = 1.0
+_ONE_FILE = "1TB"
 _LORA_RANK, _LORA_ALPHA = 128, 256
 _LLM_LINEARS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -73,6 +76,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.budgets or min(self.steps, self.batch, self.turns) < 1:
             raise SpecError("training needs budgets, and at least one step of at least one question.")
+        if len(set(self.budgets)) < len(self.budgets):
+            raise SpecError(f"a budget is given twice: {', '.join(map(str, self.budgets))}.")
         if not 1 <= self.draws <= len(self.budgets):
             raise SpecError(f"a step cannot draw {self.draws} of {len(self.budgets)} budgets.")
 
@@ -87,9 +92,7 @@ class Recipe:
 
     def _order(self, count: int, first: int) -> Iterator[int]:
         for epoch in range(first // count, first // count + self.batch + 1):
-            order = list(range(count))
-            random.Random(f"{self.seed} epoch {epoch}").shuffle(order)
-            yield from order[max(0, first - epoch * count) :]
+            yield from _shuffled(count, f"{self.seed} epoch {epoch}")[max(0, first - epoch * count) :]
 
     def highest_rate(self, weight: str) -> float:
         """The highest learning rate of the weight of this name."""
@@ -133,17 +136,26 @@ class Trainer:
         SpecError: the model cannot have such budgets, or the folder holds another run.
         InputError: a row of the dataset is malformed or lacks its image, or the checkpoint cannot be read.
         UnsupportedError: the model has no projector that maps each token by itself, or no chat template, or this
-            template writes a conversation anew with every turn.
+            template writes a conversation anew with every turn; or accelerate is set to shard models or to gather
+            gradients over several steps.
     """
 
     def __init__(self, model: Any, processor: Any, suite: Suite, recipe: Recipe, folder: Path) -> None:
         most = max(recipe.budgets)
         wrap(model, "m3", keep=most, scales=recipe.budgets).unwrap()  # what is impossible shows before the work begins
-        self.conversations = grouped(readable(suite), recipe.turns, recipe.seed)
+        questions = readable(suite)
+        self.conversations = grouped(questions, recipe.turns, recipe.seed)
         check_template(processor, self.conversations)
         self.processor, self.recipe, self.folder = processor, recipe, folder
         self.step, self.rows = 0, list[dict[str, Any]]()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[_UNUSED])
+        _require_plain(self.accelerator)
+        self.conditions: dict[str, Any] = {
+            **json.loads(json.dumps(asdict(recipe))),
+            "processes": self.accelerator.num_processes,
+            "questions": fingerprint(questions),
+            "model": weights_fingerprint(model),
+        }
         self.dtype, self.tower = model.dtype, model.model.vision_tower
         self.model = _prepared(model.float(), recipe)
         self.handle = wrap(self.model, "m3", keep=most, scales=recipe.budgets)
@@ -166,7 +178,8 @@ class Trainer:
             workers: processes that read images ahead.
 
         Raises:
-            InputError: an image cannot be read; the steps before it are kept.
+            InputError: an image cannot be read; the steps before it are kept, or if another process fails than the
+                first, those before the last checkpoint.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.runner.train()
@@ -210,7 +223,7 @@ class Trainer:
         if not self.leads:
             return
         state = {
-            "recipe": json.dumps(asdict(self.recipe)),
+            "conditions": json.dumps(self.conditions),
             "step": self.step,
             "rows": self.rows,
             "weights": {name: weight.detach().cpu() for name, weight in self.trained.items()},
@@ -227,19 +240,22 @@ class Trainer:
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            recipe = json.loads(state["recipe"])
+            conditions = json.loads(state["conditions"])
+            weights, optimizer, step, rows = (state[name] for name in ("weights", "optimizer", "step", "rows"))
         except Exception as error:  # a torn file fails in as many ways as there are places to tear it
             raise InputError(f"checkpoint {path} cannot be read ({error}); delete it to start anew.") from error
-        asked = json.loads(json.dumps(asdict(self.recipe)))
-        if recipe != asked:
-            raise SpecError(f"{path} is of another run: it was made with {recipe}, now asked for is {asked}.")
-        if state["weights"].keys() != self.trained.keys():
-            raise SpecError(f"{path} is of another model: the weights that are trained differ.")
+        other = [
+            f"{name} {conditions.get(name)} instead of {value}"
+            for name, value in self.conditions.items()
+            if conditions.get(name) != value
+        ]
+        if other:
+            raise SpecError(f"{path} is of another run, with {', '.join(other)}.")
         with torch.no_grad():
-            for name, weight in state["weights"].items():
+            for name, weight in weights.items():
                 self.trained[name].copy_(weight)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.rows = state["step"], state["rows"]
+        self.optimizer.load_state_dict(optimizer)
+        self.step, self.rows = step, rows
 
     def _export(self) -> None:
         self.handle.unwrap()
@@ -247,10 +263,24 @@ class Trainer:
             return
         model = self.model.merge_and_unload() if self.recipe.llm == "lora" else self.model
         setattr(model.config, SCALES, sorted(self.recipe.budgets))
-        model.eval().to(self.dtype).save_pretrained(self.folder)
-        if (self.folder / "model.safetensors").is_file():
-            rename_as_on_the_hub(self.folder / "model.safetensors")
+        model.eval().to(self.dtype).save_pretrained(self.folder, max_shard_size=_ONE_FILE)
+        rename_as_on_the_hub(self.folder / "model.safetensors")
         self.processor.save_pretrained(self.folder)
+
+
+@functools.lru_cache(maxsize=2)  # a step may see the end of an epoch and the beginning of another
+def _shuffled(count: int, seed: str) -> tuple[int, ...]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return tuple(order)
+
+
+def _require_plain(accelerator: Accelerator) -> None:
+    kind, steps = accelerator.distributed_type, accelerator.gradient_accumulation_steps
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UnsupportedError(f"training shards no models, but accelerate is set to {kind.value}; choose MULTI_GPU.")
+    if steps != 1:
+        raise UnsupportedError(f"accelerate is set to gather gradients over {steps} steps; choose a larger batch.")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mmcompress.cli._shared import MODEL_HELP, load_model
 from mmcompress.errors import SpecError, unknown_name
+from mmcompress.spec import Spec
 
 
 def calibrate(
@@ -74,6 +75,7 @@ def matryoshka(
     ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of the projector and a full LLM.", min=0)] = 2e-5,
     llm: Annotated[str, typer.Option(help="What is trained of the LLM: full, lora or frozen.")] = "full",
+    lora_learning_rate: Annotated[float, typer.Option(help="Of LoRA's weights.", min=0)] = 2e-4,
     tower: Annotated[bool, typer.Option(help="Train the vision tower too.")] = False,
     tower_learning_rate: Annotated[float, typer.Option(help="Of the vision tower.", min=0)] = 2e-5,
     seed: Annotated[int, typer.Option(help="Of the order of questions and budgets.")] = 0,
@@ -103,6 +105,8 @@ def matryoshka(
         raise SpecError(f"--budgets {budgets!r}: write token counts separated by commas, as in 144,36,9,1.") from None
     if llm not in ("full", "lora", "frozen"):
         raise unknown_name("--llm", llm, ("full", "lora", "frozen"))
+    if "folder" in Spec.parse(suite).options:
+        raise SpecError(f"--suite {suite!r}: the folder of the questions is what --data says.")
     recipe = Recipe(
         scales,
         steps,
@@ -110,6 +114,7 @@ def matryoshka(
         turns,
         draws,
         learning_rate,
+        lora_learning_rate,
         tower_learning_rate=tower_learning_rate,
         llm=typing.cast(Any, llm),
         tower=tower,

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL import Image
 from tiny_models import save_tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 import mmcompress
 from mmcompress import InputError, SpecError, UnsupportedError, cli
 from mmcompress.evals import matryoshka
-from mmcompress.evals.conversations import IGNORED, batch, grouped, readable
+from mmcompress.evals.conversations import IGNORED, _chat, batch, grouped, readable
 from mmcompress.evals.matryoshka import CHECKPOINT, LOG, Recipe, Trainer
 from mmcompress.evals.suites import configure
 from mmcompress.evals.suites.base import Suite
@@ -105,6 +107,30 @@ def test_a_template_that_writes_conversations_anew_is_refused(folder: Path, data
     red = readable(suite(data))[:1]
     with pytest.raises(UnsupportedError, match="train with turns=1"):
         batch(processor, [red * 2])
+
+
+@pytest.mark.parametrize(("blank", "end"), [(" ", ""), ("", "</s>"), ("", "</s>\n")])
+def test_answers_end_as_generation_does(data: Path, blank: str, end: str) -> None:
+    """Templates as LLaVA-1.5's have only a blank behind an answer."""
+
+    class Tokenizer:
+        eos_token, eos_token_id = "</s>", 0
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text.replace("</s>", "\0")]}
+
+    class Processor:
+        tokenizer = Tokenizer()
+
+        def apply_chat_template(self, turns: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+            said = (turn["role"] + ":" + turn["content"][-1]["text"] for turn in turns)
+            ends = "".join(part + (blank + end if part.startswith("a") else " ") for part in said)
+            return ends + "assistant:" * add_generation_prompt
+
+    _, parts = _chat(Processor(), readable(suite(data))[:1] * 2)
+    answers = ["".join(map(chr, ids)) for ids, is_answer in parts if is_answer]
+    assert answers == ["red\0" + end.removeprefix("</s>")] * 2
+    assert [is_answer for _, is_answer in parts] == [True, False, True]
 
 
 def test_the_tower_learns_at_a_rate_of_its_own(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -225,14 +251,45 @@ def test_rows_that_cannot_be_learnt_from_are_refused_at_once(
         trainer(folder, data, tmp_path / "out")
 
 
-def test_other_runs_and_torn_checkpoints_are_refused(folder: Path, data: Path, tmp_path: Path) -> None:
+def test_other_runs_are_refused(folder: Path, data: Path, tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, steps=1)
     trainer(folder, data, tmp_path / "out", recipe).run()
-    with pytest.raises(SpecError, match=r"is of another run: it was made with .*'steps': 1"):
+    with pytest.raises(SpecError, match=r"is of another run, with steps 1 instead of 6\."):
         trainer(folder, data, tmp_path / "out")
-    (tmp_path / "out" / CHECKPOINT).write_bytes(b"torn")
-    with pytest.raises(InputError, match=r"checkpoint\.pt cannot be read"):
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.raises(SpecError, match=r"is of another run, with model [0-9a-f]+ instead of"):
+        Trainer(model, AutoProcessor.from_pretrained(folder), suite(data), recipe, tmp_path / "out")
+    write(data, [{"image": "red.png", "question": "what ?", "answers": "red"}])
+    with pytest.raises(SpecError, match=r"is of another run, with questions [0-9a-f]+ instead of"):
         trainer(folder, data, tmp_path / "out", recipe)
+
+
+@pytest.mark.parametrize("lost", ["conditions", "weights", "optimizer", "rows"])
+def test_torn_checkpoints_are_refused(folder: Path, data: Path, tmp_path: Path, lost: str) -> None:
+    recipe = dataclasses.replace(RECIPE, steps=1)
+    trainer(folder, data, tmp_path, recipe).run()
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    del state[lost]
+    torch.save(state, tmp_path / CHECKPOINT)
+    with pytest.raises(InputError, match=rf"checkpoint\.pt cannot be read \('{lost}'\)"):
+        trainer(folder, data, tmp_path, recipe)
+    (tmp_path / CHECKPOINT).write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"checkpoint\.pt cannot be read"):
+        trainer(folder, data, tmp_path, recipe)
+
+
+def test_settings_of_accelerate_that_would_be_ignored_are_refused(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(UnsupportedError, match="gather gradients over 4 steps; choose a larger batch"):
+        trainer(folder, data, tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UnsupportedError, match="shards no models, but accelerate is set to FSDP"):
+        trainer(folder, data, tmp_path / "out")
 
 
 def test_budgets_must_be_possible(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -242,6 +299,8 @@ def test_budgets_must_be_possible(folder: Path, data: Path, tmp_path: Path) -> N
         Recipe((), steps=1)
     with pytest.raises(SpecError, match="a step cannot draw 3 of 2 budgets"):
         Recipe((1, 4), steps=1, draws=3)
+    with pytest.raises(SpecError, match="a budget is given twice: 4, 4"):
+        Recipe((4, 4), steps=1)
 
 
 def test_families_without_such_a_projector_are_refused(data: Path, tmp_path: Path) -> None:
@@ -281,6 +340,8 @@ def test_the_command_trains_and_goes_on(folder: Path, data: Path, tmp_path: Path
     for budgets, message in (("16,x", "write token counts"), ("16,5", "cannot pool"), ("16,4", "another run")):
         failed = command("--budgets", budgets)
         assert failed.exit_code == 2 and message in " ".join(failed.stderr.split())
+    failed = command("--budgets", "16,4,1", "--suite", f"jsonl(folder={data})")
+    assert failed.exit_code == 2 and "is what --data says" in " ".join(failed.stderr.split())
     failed = command("--budgets", "16", "--llm", "lor")
     assert failed.exit_code == 2 and "Did you mean 'lora'" in " ".join(failed.stderr.split())
 
