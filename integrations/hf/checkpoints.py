@@ -214,6 +214,18 @@ class Checkpoint:
             raise UnsupportedError(f"{self.folder}: image_grid_pinpoints={pinpoints!r} is no list of (width, height).")
         return [(height, width) for width, height in pinpoints]
 
+    def tiles(self) -> tuple[int, int] | None:
+        """The fewest and the most tiles an image is cut into, a thumbnail apart; None if it stays whole.
+
+        Raises:
+            UnsupportedError: there would be no thumbnail beside them.
+        """
+        if not self.config.get("dynamic_image_size"):
+            return None
+        if not self.config.get("use_thumbnail", True):
+            raise UnsupportedError(f"{self.folder} has use_thumbnail=false; its processor here always adds one.")
+        return self.config.get("min_dynamic_patch", 1), self.config.get("max_dynamic_patch", 1)
+
     def _entry(self, table: Mapping[str, Any], name: str) -> Any:
         if name not in table:
             raise InputError(f"{self.folder} lacks {name}, which tells what the model looks like.")

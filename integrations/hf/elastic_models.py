@@ -30,6 +30,7 @@ from mmcompress.errors import InputError, SpecError, UnsupportedError
 from mmcompress.integrations.hf.checkpoints import TOKENFLEX, TOWER, Checkpoint, dial
 from mmcompress.integrations.hf.dialled import DialledProjector
 from mmcompress.integrations.hf.elastic_processors import ElasticProcessor, HDImages, hd_processor
+from mmcompress.integrations.hf.processor_dial import tiles_of
 from mmcompress.projectors.mqt import MQT
 from mmcompress.projectors.tokenpacker import TokenPacker
 from mmcompress.projectors.tokenpacker_hd import TokenPackerHD
@@ -55,7 +56,7 @@ class ElasticModel:
         return self.dial.budgets()
 
     def tokens_for(self, image_size: ImageSize, budget: int) -> int:
-        """How many tokens the LLM sees of an image of `(height, width)`; of each tile, where a model sees tiles.
+        """How many tokens the LLM sees of an image of `(height, width)`.
 
         Raises:
             SpecError: `budget` is none of `budgets()`.
@@ -118,13 +119,15 @@ def load(
         dtype: of the weights; by default that of the checkpoint.
 
     Raises:
-        SpecError: the model has no such budget, or no such tiles.
+        SpecError: the model has no such budget, or no such tiles, or brings its own tower.
         InputError: something cannot be read, or weights are missing, misshapen or unknown.
         UnsupportedError: the checkpoint is of another architecture, or lacks a tower that no other can replace.
     """
     checkpoint = Checkpoint(path)
     tokenizer, image_token = _tokenizer(checkpoint)
     image_id = int(tokenizer.convert_tokens_to_ids(image_token))
+    if checkpoint.has_tower and vision_tower is not None:
+        raise SpecError(f"{checkpoint.folder} holds the vision tower it was trained with; leave out vision_tower=.")
     tower = None if checkpoint.has_tower else _other_tower(checkpoint, vision_tower)
     vision: Any = checkpoint.vision_config() if tower is None else tower.config
     text: Any = checkpoint.text_config()
@@ -144,10 +147,34 @@ def load(
     model.generation_config.suppress_tokens = [image_id]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = _processor(checkpoint, vision, tokenizer, image_token, hd, elastic=projector is not None)
-    loaded = ElasticModel(model.eval(), processor, hd or projector or dial(checkpoint, vision))
+    loaded = ElasticModel(model.eval(), processor, hd or _dial(checkpoint, vision, projector))
     if projector is not None:
         loaded.set(keep=projector.budgets()[-1] if keep is None else keep)
     return loaded
+
+
+class _Tiled(Elastic):
+    """A projector's dial, where images are cut into tiles and each of them has the budget."""
+
+    def __init__(self, projector: ElasticProjector, pixels: int, fewest: int, most: int) -> None:
+        self.projector, self.pixels, self.fewest, self.most = projector, (pixels, pixels), fewest, most
+
+    def budgets(self) -> Sequence[int]:
+        return self.projector.budgets()
+
+    def require(self, budget: int) -> None:
+        self.projector.require(budget)
+
+    def tokens_for(self, image_size: ImageSize, budget: int) -> int:
+        tiles = tiles_of(image_size, self.pixels, self.fewest, self.most)
+        return tiles * self.projector.tokens_for(self.pixels, budget)
+
+
+def _dial(checkpoint: Checkpoint, vision: Any, projector: ElasticProjector | None) -> Elastic:
+    if projector is None:
+        return dial(checkpoint, vision)
+    cut = checkpoint.tiles()
+    return projector if cut is None else _Tiled(projector, vision.image_size, *cut)
 
 
 def _hd(projector: ElasticProjector | None, tiles: int, pixels: int) -> TokenPackerHD:
@@ -295,13 +322,15 @@ def _processor(
     if hd is not None:
         return hd_processor(HDImages(), tokenizer, hd, **shared)
     if checkpoint.format is TOKENFLEX:
+        cut = checkpoint.tiles()
+        fewest, most = cut or (1, 1)
         images = GotOcr2ImageProcessorPil(
             size=square,
             image_mean=[0.5] * 3,
             image_std=[0.5] * 3,
-            crop_to_patches=bool(config.get("dynamic_image_size")),
-            min_patches=config.get("min_dynamic_patch", 1),
-            max_patches=config.get("max_dynamic_patch", 1),
+            crop_to_patches=cut is not None,
+            min_patches=fewest,
+            max_patches=most,
         )
     else:
         images = LlavaImageProcessorPil(

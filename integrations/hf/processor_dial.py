@@ -10,7 +10,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from mmcompress.elastic import Elastic, ImageSize
-from mmcompress.errors import UnsupportedError
+from mmcompress.errors import InputError, UnsupportedError
 
 _FEWEST, _MOST = 4, 16384  # what the processors of Qwen-VL go down and up to
 _TILES = 12  # what InternVL is trained with at most
@@ -29,7 +29,7 @@ class ProcessorDial(Elastic):
 
 
 class Pixels(ProcessorDial):
-    """Qwen-VL: images are resized to so many pixels at most, aspect kept.
+    """Qwen-VL: images are resized to so many pixels at most, aspect kept, but no side is less than a token.
 
     Args:
         pixels: side in pixels of the square that becomes one token.
@@ -48,7 +48,10 @@ class Pixels(ProcessorDial):
 
     def tokens_for(self, image_size: ImageSize, budget: int) -> int:
         size = self.kwargs(budget)["images_kwargs"]["size"]
-        height, width = smart_resize(*image_size, self.pixels, size["shortest_edge"], size["longest_edge"])
+        try:
+            height, width = smart_resize(*image_size, self.pixels, size["shortest_edge"], size["longest_edge"])
+        except ValueError as error:
+            raise InputError(f"an image of {image_size[0]} x {image_size[1]} pixels is refused: {error}.") from error
         return (height // self.pixels) * (width // self.pixels)
 
 
@@ -70,8 +73,7 @@ class Tiles(ProcessorDial):
         return {"images_kwargs": {"crop_to_patches": True, "min_patches": 1, "max_patches": self._most(budget)}}
 
     def tokens_for(self, image_size: ImageSize, budget: int) -> int:
-        columns, rows = get_optimal_tiled_canvas(tuple(image_size), self.pixels, 1, self._most(budget))
-        return self.tokens * _with_thumbnail(columns * rows)
+        return self.tokens * tiles_of(image_size, self.pixels, 1, self._most(budget))
 
     def _most(self, budget: int) -> int:
         self.require(budget)
@@ -83,7 +85,8 @@ def processor_kwargs(model: Any, keep: int) -> dict[str, Any]:
 
         inputs = processor(images=image, text=prompt, return_tensors="pt", **processor_kwargs(model, 256))
 
-    How many it becomes exactly depends on its aspect, and `processor_dial(model).tokens_for` tells beforehand.
+    How many it becomes exactly depends on its aspect, and `processor_dial(model).tokens_for` tells beforehand. Images
+    of Qwen-VL whose one side would be less than a token become a few more.
 
     Args:
         model: a transformers model, or its configuration.
@@ -119,6 +122,12 @@ def _tiles(config: Any) -> Tiles:
     height, width = config.vision_config.image_size
     side = int(height // config.vision_config.patch_size[0] * config.downsample_ratio)
     return Tiles(side**2, (height, width))
+
+
+def tiles_of(image_size: ImageSize, pixels: ImageSize, fewest: int, most: int) -> int:
+    """How many tiles of `pixels` an image is cut into in the manner of InternVL, its thumbnail beside several."""
+    columns, rows = get_optimal_tiled_canvas(tuple(image_size), pixels, fewest, most)
+    return _with_thumbnail(columns * rows)
 
 
 def _with_thumbnail(tiles: int) -> int:

@@ -26,10 +26,14 @@ def unpadded(grid: tuple[int, int], image_size: ImageSize) -> tuple[slice, slice
     """The rows and columns of `grid` that an image of `image_size` fills when it is centred there, aspect kept."""
     (rows, columns), (height, width) = grid, image_size
     if width / height > columns / rows:
-        padding = (rows - int(height * (columns / width))) // 2
+        padding = (rows - _whole(height * (columns / width))) // 2
         return slice(padding, rows - padding), slice(0, columns)
-    padding = (columns - int(width * (rows / height))) // 2
+    padding = (columns - _whole(width * (rows / height))) // 2
     return slice(0, rows), slice(padding, columns - padding)
+
+
+def _whole(length: float) -> int:
+    return int(round(length, 7))  # as transformers counts: 32.9999999999 is 33
 
 
 def stitch(tiles: Tensor, crops: tuple[int, int], image_size: ImageSize, newline: Tensor) -> Tensor:

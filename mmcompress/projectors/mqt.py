@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ class MQT(ElasticProjector):
 
     Keys hold positions only, no content. So the attention is a constant of the checkpoint, the same for every image,
     and the module one learned spatial pooling per head; outputs for fewer queries are the first ones of more.
-    `precompute` makes that constant once. Until then, and again while the module trains, it is made in every pass.
+    `precompute` makes that constant once. Until then, and again when the module trains or is given other weights, it is
+    made in every pass.
 
     Args:
         side: queries along one side of the square that gives them positions; there are side^2.
@@ -84,6 +85,10 @@ class MQT(ElasticProjector):
         """Keep the attention to a square of `patches` until the module trains."""
         self.attention = self.pooling(patches)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self.attention = None
+        super()._load_from_state_dict(*args, **options)
 
     def train(self, mode: bool = True) -> Self:
         if mode:

@@ -318,6 +318,12 @@ def test_tokenflex(tmp_path: Path) -> None:
     assert loaded.budgets() == (1, 4, 9, 16)
     tiles = len(ask(loaded)["pixel_values"])
     assert tiles > 1
+    assert [loaded.tokens_for((50, 120), budget) for budget in (1, 16)] == [tiles, tiles * 16]
+    with pytest.raises(SpecError, match="TokenFLEX has no budget 5"):
+        loaded.tokens_for((50, 120), 5)
+    assert load(tokenflex(tmp_path / "whole", dynamic_image_size=False)).tokens_for((50, 120), 9) == 9
+    with pytest.raises(UnsupportedError, match="use_thumbnail=false"):
+        load(tokenflex(tmp_path / "bare", use_thumbnail=False))
     assert_answers(path, loaded, {budget: tiles * budget for budget in (1, 4, 9, 16)}, project)
 
 
@@ -429,6 +435,12 @@ def test_no_other_tower_takes_the_place_of_a_trained_one(tmp_path: Path, build: 
     )
     with pytest.raises(UnsupportedError, match="holds no vision tower, and"):
         load(path, vision_tower="openai/clip-vit-large-patch14-336")
+
+
+@pytest.mark.parametrize("build", [mqt, m3])
+def test_a_tower_that_nobody_needs_is_refused(tmp_path: Path, build: Any) -> None:
+    with pytest.raises(SpecError, match="holds the vision tower it was trained with; leave out vision_tower="):
+        load(build(tmp_path / "model"), vision_tower="openai/clip-vit-large-patch14-336")
 
 
 def test_tokenpacker_reads_layers_of_a_deep_tower(tmp_path: Path) -> None:

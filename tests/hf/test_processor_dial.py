@@ -14,7 +14,7 @@ from transformers import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import mmcompress
-from mmcompress import SpecError, UnsupportedError
+from mmcompress import InputError, SpecError, UnsupportedError
 from mmcompress.integrations.hf.processor_dial import processor_dial
 
 QWEN = transformers.Qwen2_5_VLConfig()
@@ -45,6 +45,11 @@ def test_internvl_has_as_many_as_foretold(height: int, width: int, keep: int) ->
     tiles = len(processor(images=[image(height, width)], **arguments)["pixel_values"])
     foretold = processor_dial(INTERNVL).tokens_for((height, width), keep)
     assert tiles * 256 == foretold <= keep
+
+
+def test_images_that_a_processor_refuses_have_no_count() -> None:
+    with pytest.raises(InputError, match="an image of 10 x 3000 pixels is refused: absolute aspect ratio"):
+        processor_dial(QWEN).tokens_for((10, 3000), 16)
 
 
 def test_qwen3_counts_larger_squares() -> None:

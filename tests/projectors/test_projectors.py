@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, softmax
+from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from mmcompress import SpecError
 from mmcompress.elastic import ElasticProjector
+from mmcompress.projectors._anyres import unpadded
 from mmcompress.projectors.m3 import M3
 from mmcompress.projectors.mqt import MQT, sincos
 from mmcompress.projectors.tokenflex import TokenFLEX
@@ -141,6 +143,22 @@ def test_mqt_holds_a_constant_until_it_trains() -> None:
     module(features, 5).sum().backward()
     assert module.query.grad is not None and module.query.grad[:5].any() and not module.query.grad[5:].any()
     assert module.pos_embed.grad is None
+
+
+def test_mqt_forgets_its_constant_with_its_weights() -> None:
+    torch.manual_seed(0)
+    module, other, features = MQT(3, 10, 2, 8).eval().precompute(25), MQT(3, 10, 2, 8).eval(), noise(2, 25, 8)
+    module.load_state_dict(other.state_dict())
+    torch.testing.assert_close(module(features, 5), other(features, 5))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.tuples(st.integers(20, 1500), st.integers(20, 1500)), st.sampled_from([(24, 48), (48, 48), (48, 24), (24, 72)]))
+@example((352, 748), (24, 72))  # 51 columns, of which floating point makes 50.999999999999993
+def test_padding_is_what_transformers_takes_for_it(image_size: tuple[int, int], grid: tuple[int, int]) -> None:
+    rows, columns = unpadded(grid, image_size)
+    numbers = torch.arange(grid[0] * grid[1]).view(1, *grid)
+    assert torch.equal(numbers[0, rows, columns], unpad_image(numbers, image_size)[0])
 
 
 def test_sincos_has_columns_first() -> None:
