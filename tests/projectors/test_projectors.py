@@ -153,7 +153,9 @@ def test_mqt_forgets_its_constant_with_its_weights() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.tuples(st.integers(20, 1500), st.integers(20, 1500)), st.sampled_from([(24, 48), (48, 48), (48, 24), (24, 72)]))
+@given(
+    st.tuples(st.integers(20, 1500), st.integers(20, 1500)), st.sampled_from([(24, 48), (48, 48), (48, 24), (24, 72)])
+)
 @example((352, 748), (24, 72))  # 51 columns, of which floating point makes 50.999999999999993
 def test_padding_is_what_transformers_takes_for_it(image_size: tuple[int, int], grid: tuple[int, int]) -> None:
     rows, columns = unpadded(grid, image_size)
