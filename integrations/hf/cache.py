@@ -258,7 +258,7 @@ class PrunedCache(Cache):
         Raises:
             UnsupportedError: the model at work is not wrapped, so its masks and positions do not fit what is stored.
         """
-        if not self.entered:
+        if not self.entered and self.state.mask is not None:
             raise UnsupportedError(
                 "this cache holds a compressed prompt; go on with it on a wrapped model, or start a new cache."
             )

@@ -7,6 +7,7 @@ to the prompt's length, and the cache remembers how many tokens it never saw.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from mmcompress.budget import Budget
 from mmcompress.compact import spread
 from mmcompress.encoder_method import EncoderMethod
 from mmcompress.errors import UnsupportedError
+from mmcompress.integrations.hf.attached import Attached
 from mmcompress.integrations.hf.cache import PrunedCache, PrunedStaticCache, adopt, layer_mask, padding_mask
 from mmcompress.integrations.hf.call import Call, Removal
 from mmcompress.integrations.hf.clock import Span, StageClock
@@ -38,6 +40,7 @@ from mmcompress.integrations.hf.quant_stage import QuantStage
 from mmcompress.integrations.hf.removal import Remover
 from mmcompress.integrations.hf.renamed import CACHE
 from mmcompress.integrations.hf.sparse_stage import SparseStage
+from mmcompress.integrations.hf.text_tower import TextTower
 from mmcompress.integrations.hf.vision import Vision
 from mmcompress.kv_policy import Ahead
 from mmcompress.method import VisualMethod
@@ -54,7 +57,7 @@ class _Forward(threading.local):
         self.call = Call()
 
 
-class Door:
+class Door(Attached):
     """The hooks of the pre-LLM stage on one model, through which what the encoder stage left goes too."""
 
     def __init__(
@@ -69,6 +72,7 @@ class Door:
         llm_stage: LLMStage | None = None,
         kv_stage: KVStage | SparseStage | QuantStage | None = None,
         draft: Draft | None = None,
+        text_tower: TextTower | None = None,
     ) -> None:
         self._family = family
         self._method = method
@@ -83,6 +87,7 @@ class Door:
         elif method is not None and method.space == "pre_projector":
             projector = family.projector
         self._decoder: Any = family.base.get_decoder()
+        self._parameters = list(inspect.signature(type(family.base).forward).parameters)[1:]
         self._forward = _Forward()
         self._keep = keep
         self.clock = StageClock()
@@ -90,7 +95,7 @@ class Door:
         self.trace: list[Trace] = []
         self.kv_layers: list[tuple[int, int]] | None = None
         read = Needs(embeddings=True) if isinstance(method, EncoderMethod) else needs
-        self.remover = Remover(family, method, read, positions, projector)
+        self.remover = Remover(family, method, read, positions, projector, text_tower)
         self.vision = Vision(family, read, projector, self._stage, keeps_inputs=draft is not None)
         lookahead = 0 if kv_stage is None else kv_stage.policy.needs().lookahead
         self.listener = None if draft is None else Listener(draft, self.vision, read.draft is not None, lookahead)
@@ -104,9 +109,6 @@ class Door:
             decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
             *(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in decoder.layers),
         ]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedError("a wrapped model cannot be copied or pickled; unwrap it first.")
 
     @property
     def _newlines(self) -> bool:
@@ -152,8 +154,9 @@ class Door:
         # A keyboard interrupt skips the hook after the pass: every pass begins by forgetting the last.
         self._forward.visual, self._forward.call = {}, Call()
         self._end_stages()
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         outputs = kwargs.get("mm_encoder_outputs") or {}
-        self._forward.ids = ids = kwargs.get("input_ids", args[0] if args else None)
+        self._forward.ids = ids = kwargs.get("input_ids")
         self.vision.begin(outputs)
         # The token ids alone would not tell: a generated token may equal the placeholder.
         if not outputs and all(kwargs.get(name) is None for name in FEATURE_INPUTS):
@@ -208,6 +211,7 @@ class Door:
         batch, length = embeds.shape[:2]
         state = call.state
         require_same_stages(state, self.llm_stage, self.kv_stage)
+        _refuse_packed(kwargs)
         call.seen = 0 if call.cache is None else int(call.cache.get_seq_length())
         call.tail = self._generation.said(call.seen + length)
         current, past = real_columns(kwargs.get("attention_mask"), call, embeds)
@@ -311,3 +315,16 @@ class Door:
             hidden = run.restore(hidden)
         output.last_hidden_state = spread(hidden, keep.to(hidden.device), index.to(hidden.device))
         return output
+
+
+def _refuse_packed(kwargs: dict[str, Any]) -> None:
+    """Refuse sequences that share a row; transformers tells them by position ids that begin anew, without a mask."""
+    positions, packed = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q") is not None
+    if positions is not None and kwargs.get("attention_mask") is None:
+        text = positions[0] if positions.dim() == 3 and positions.shape[0] == 4 else positions
+        packed = packed or (text.dim() == 2 and bool((text.diff(dim=-1) != 1).any()))
+    if packed:
+        raise UnsupportedError(
+            "several sequences packed into one row cannot be compressed; give each a row of its own, with padding and "
+            "an attention_mask."
+        )

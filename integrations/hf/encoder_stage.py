@@ -13,6 +13,7 @@ from torch import Tensor
 from mmcompress.budget import Budget
 from mmcompress.encoder_method import Attention, EncoderMethod, LayerTokens, Step, TokenMap
 from mmcompress.errors import UnsupportedError
+from mmcompress.integrations.hf.attached import Attached
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.taps import tap
 from mmcompress.merging import in_raster_order
@@ -43,7 +44,7 @@ class _Local(threading.local):
     run: Run | None = None
 
 
-class EncoderStage:
+class EncoderStage(Attached):
     """The hooks of the encoder stage on one model; idle but for encoder calls within `encode`.
 
     Layers are those of CLIP and SigLIP, which add `self_attn` to their input, then `mlp` of `layer_norm2` of the sum.

@@ -27,6 +27,7 @@ from mmcompress.integrations.hf.projector_stage import pooling
 from mmcompress.integrations.hf.quant_stage import QuantStage, require_quantised
 from mmcompress.integrations.hf.sparse_stage import SparseStage, require_sparse
 from mmcompress.integrations.hf.stages import Method, Stages, configure, require_budget
+from mmcompress.integrations.hf.text_tower import TextTower
 from mmcompress.kv_policy import Evictor
 from mmcompress.llm_method import LLMFacts, LLMMethod
 from mmcompress.method import VisualMethod
@@ -90,6 +91,8 @@ class Handle:
             assert not isinstance(self.policy, SparseReader)
             require_quantised(family, model, self.quantiser, self.policy)
         draft = _draft(family, self.needs, self.policy)
+        text_tower = None if self.needs.text_tower is None else TextTower(self.needs.text_tower, family)
+        self._require_prompt(model)
         self._base = family.base
         llm_stage = None
         if self.llm_method is not None:
@@ -109,6 +112,7 @@ class Handle:
             llm_stage=llm_stage,
             kv_stage=_kv_stage(family, stages),
             draft=draft,
+            text_tower=text_tower,
         )
         setattr(self._base, _MARK, self)
 
@@ -157,6 +161,8 @@ class Handle:
     ) -> AbstractContextManager[Handle]:
         """Change the budget from now on, see `wrap`; as a context manager, only until its end.
 
+        The budget is the model's, in all threads: those that want budgets of their own must take turns.
+
         Raises:
             SpecError: the budget is out of range; the one in force stays.
         """
@@ -182,7 +188,10 @@ class Handle:
         return until()
 
     def reuse_vision(self) -> AbstractContextManager[None]:
-        """While open, images seen before are not encoded again (without gradients); for many questions about few."""
+        """While open, images seen before are not encoded again (without gradients); for many questions about few.
+
+        Weights and adapters of the encoder must stay as they are meanwhile.
+        """
         return self._active().vision.reuse()
 
     def unwrap(self) -> None:
@@ -199,6 +208,16 @@ class Handle:
             method.plan(self.encoder.patches, keep.tokens(self.encoder.patches), self.encoder)
         elif isinstance(method, ProjectorMethod):
             self.dial.require(keep.tokens(self.encoder.patches))
+
+    def _require_prompt(self, model: Any) -> None:
+        """Refuse models that cannot tell where a prompt ends, if that decides what stays."""
+        reads_text = self.needs.text or self.needs.text_tower is not None or self.needs.draft is not None
+        stages = (self.llm_method, self.policy, self.quantiser)
+        if not hasattr(model, "generate") and (reads_text or any(stage is not None for stage in stages)):
+            raise UnsupportedError(
+                f"{self.config} goes by the prompt, and {type(model).__name__} does not know where it ends; wrap the "
+                "model that generates, not what is inside it."
+            )
 
     def _active(self) -> Door:
         if self._door is None:
@@ -230,6 +249,10 @@ def wrap(
     **options: Any,
 ) -> Handle:
     """Compress the visual tokens of a transformers vision-language model, in place and reversibly.
+
+    Logits and the last hidden state are of the prompt's length, as ever; hidden states and attentions by layer
+    (`output_hidden_states`, `output_attentions`) are of what is left there. Features that were merged into
+    `inputs_embeds` by hand are text to the model, and stay.
 
     Args:
         model: a supported `PreTrainedModel` (or a PEFT model around one).

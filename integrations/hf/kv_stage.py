@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from mmcompress.budget import Budget
 from mmcompress.errors import UnsupportedError
+from mmcompress.integrations.hf.attached import Attached
 from mmcompress.integrations.hf.cache import CacheState, Filled, Held, PrunedCache, head_mask, layer_mask
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.generation import cache_asked
@@ -129,7 +130,7 @@ def require_kv(family: Family, model: Any, policy: Evictor, keep: Budget) -> Non
         )
 
 
-class KVStage:
+class KVStage(Attached):
     """The hooks of one evicting policy on one model.
 
     Args:

@@ -18,6 +18,7 @@ from mmcompress.budget import Budget
 from mmcompress.compact import ragged_origin, renumber, take, take_positions
 from mmcompress.encoder_method import Attention
 from mmcompress.errors import SpecError, UnsupportedError
+from mmcompress.integrations.hf.attached import Attached
 from mmcompress.integrations.hf.cache import PrunedCache, Stretch, layer_mask
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.llm_run import Prompt, Removed, Run
@@ -45,7 +46,7 @@ class _Local(threading.local):
         self.probing: int | None = None
 
 
-class LLMStage:
+class LLMStage(Attached):
     """The hooks of one in-LLM method on one model."""
 
     def __init__(self, family: Family, method: LLMMethod, llm: LLMFacts, keep: Budget, positions: Positions) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmcompress.budget import Budget
+from mmcompress.integrations.hf.attached import Attached
 from mmcompress.integrations.hf.families import Family, LlavaNext
 from mmcompress.projector_method import ProjectorMethod
 from mmcompress.projectors.m3 import M3
@@ -46,7 +47,7 @@ def windows(pooling: M3, scale: int, device: torch.device) -> Selection:
     return Selection((centres[:, None] * side + centres).flatten(), weight)
 
 
-class ProjectorStage:
+class ProjectorStage(Attached):
     """The hook of the projector stage on one model; idle but for encoder calls within `encode`."""
 
     def __init__(self, family: Family, method: ProjectorMethod, keep: Budget) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from mmcompress.errors import SpecError, UnsupportedError
+from mmcompress.integrations.hf.attached import Attached
 from mmcompress.integrations.hf.cache import Held, PrunedDynamicLayer
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.generation import cache_asked
@@ -98,7 +99,7 @@ class _Local(threading.local):
         self.pass_: _Pass | None = None
 
 
-class QuantStage:
+class QuantStage(Attached):
     """The hooks of one quantising policy on one model.
 
     Args:

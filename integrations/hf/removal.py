@@ -33,6 +33,7 @@ class Remover:
         needs: what it reads.
         positions: how kept tokens are numbered.
         projector: what tokens that absorb others are made by anew; None if they absorb each other as they are.
+        text_tower: what relates features to the prompts' text, for methods that need it.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Remover:
         needs: Needs,
         positions: Positions,
         projector: nn.Module | None,
+        text_tower: TextTower | None,
     ) -> None:
         self._family, self._method, self._needs = family, method, needs
         self._positions, self._projector = positions, projector
-        self.text_tower = None if needs.text_tower is None else TextTower(needs.text_tower, family)
+        self._text_tower = text_tower
         self._decoder: Any = family.base.get_decoder()
 
     def remove(
@@ -76,7 +78,7 @@ class Remover:
         span = Span(embeds.device)
         asked = current.clone()
         asked[:, asked.shape[1] - call.tail :] = False
-        placed = place_items(self._family, self._needs, encoded, embeds, call.visual, asked, self.text_tower, call.ids)
+        placed = place_items(self._family, self._needs, encoded, embeds, call.visual, asked, self._text_tower, call.ids)
         if call.drafted is not None:
             placed = [entry.with_drafted(call.drafted) for entry in placed]
         selections = self._select(placed, keep)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmcompress.budget import Budget
 from mmcompress.errors import UnsupportedError
+from mmcompress.integrations.hf.attached import Attached
 from mmcompress.integrations.hf.families import Family
 from mmcompress.integrations.hf.kv_stage import KVRun
 from mmcompress.integrations.hf.llm_stage import eagerly, llm_facts
@@ -63,7 +64,7 @@ class _Local(threading.local):
         self.step: _Pass | None = None
 
 
-class SparseStage:
+class SparseStage(Attached):
     """The taps of one sparse-reading policy on one model.
 
     Args:

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmcompress.errors import UnsupportedError
+from mmcompress.integrations.hf.attached import Attached
 from mmcompress.statistics import STATISTICS
 from mmcompress.types import Needs
 
@@ -87,7 +88,7 @@ def tap(attention: Any, collect: Collect = _nothing, attend: Attend = _nothing) 
     return original
 
 
-class Taps:
+class Taps(Attached):
     """The taps one method needs on one vision encoder."""
 
     def __init__(

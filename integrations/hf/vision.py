@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -63,7 +64,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.encoding = False
-        self.last: dict[Modality, Encoded] = {}
+        self.last: dict[Modality, tuple[list[Tensor], Encoded]] = {}
         self.pending: dict[Modality, Encoded] = {}
 
 
@@ -86,6 +87,7 @@ class Vision:
         self._stage = stage
         self._keeps_inputs = keeps_inputs
         self._local = _Local()
+        self._id = uuid.uuid4().hex
         self._replaced: list[str] = []
         self._memo: dict[Any, tuple[Any, Encoded]] = {}
         self._reusing = False
@@ -113,10 +115,17 @@ class Vision:
         self._local.pending = {}
         for modality in self._family.token_ids:
             if modality in outputs:
-                # accelerate rebuilds outputs without their label; then what was encoded last is meant.
-                encoded = getattr(outputs[modality], _LABEL, self._local.last.get(modality))
-                if encoded is not None:
+                watched_by, encoded = getattr(outputs[modality], _LABEL, (self._id, None))
+                if encoded is None:
+                    encoded = self._last_if(modality, outputs[modality])
+                if encoded is not None and watched_by == self._id:
                     self._local.pending[modality] = encoded
+
+    def _last_if(self, modality: Modality, output: Any) -> Encoded | None:
+        """What was encoded last, if `output` is of it; accelerate rebuilds outputs without their label."""
+        features, encoded = self._local.last.get(modality, ([], None))
+        pairs = zip(output.pooler_output, features, strict=False)
+        return encoded if all(one.shape == other.shape and one.to(other).equal(other) for one, other in pairs) else None
 
     def end(self) -> None:
         """Forget what the forward pass used."""
@@ -151,8 +160,9 @@ class Vision:
                 self._local.encoding = False
             if self._keeps_inputs:
                 encoded = replace(encoded, inputs=_inputs(modality, call))
-            setattr(output, _LABEL, encoded)
-            self._local.last[modality] = self._local.pending[modality] = encoded
+            setattr(output, _LABEL, (self._id, encoded))
+            self._local.last[modality] = [feature.detach() for feature in output.pooler_output], encoded
+            self._local.pending[modality] = encoded
             return output
 
         return watched

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.image_processing_utils import select_best_resolution
 
 import mmcompress
 from mmcompress import InputError, SpecError, UnsupportedError
+from mmcompress.integrations.hf.renamed import CACHE
 
 
 @cache
@@ -572,3 +573,93 @@ def test_published_configurations_can_be_wrapped(name: str) -> None:
     with mmcompress.wrap(model, "todre(parts=first)", keep=0.25) as handle:
         assert handle.positions == ("original" if name.startswith("qwen") else "renumber")
         assert handle.needs.cls_rows == {"llava": (22,), "llava_next": (22,), "internvl": (23,)}.get(name, ())
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_packed_sequences_are_refused(kind: str) -> None:
+    model = built(kind)
+    inputs = FAMILIES[kind].inputs(model, "single")
+    twice = {"input_ids": inputs["input_ids"].repeat(1, 2), "pixel_values": torch.cat([inputs["pixel_values"]] * 2)}
+    if "image_grid_thw" in inputs:
+        twice["image_grid_thw"] = inputs["image_grid_thw"].repeat(2, 1)
+    places = torch.arange(inputs["input_ids"].shape[1]).repeat(2)[None]
+    places = places if kind == "llava" else places.expand(4, 1, -1)
+    with mmcompress.wrap(model, "uniform", keep=1.0), torch.no_grad():
+        with pytest.raises(UnsupportedError, match="packed into one row cannot be compressed"):
+            model(**twice, position_ids=places, use_cache=False)
+        with pytest.raises(UnsupportedError, match="packed into one row cannot be compressed"):
+            model(**twice, cu_seq_lens_q=torch.tensor([0, 1]), use_cache=False)
+        model(**inputs)
+
+
+@since_5_19
+def test_features_of_another_image_or_wrap_are_refused() -> None:
+    """accelerate rebuilds outputs without their label: the last encoded are meant, if these are they."""
+    model = built("llava")
+    inputs = FAMILIES["llava"].inputs(model, "single")
+    pixels = inputs.pop("pixel_values")
+    with mmcompress.wrap(model, "vtc-cls", keep=0.4), torch.no_grad():
+        first = model.get_image_features(pixels)
+        expected = model(**inputs, mm_encoder_outputs={"image": first}).logits
+        rebuilt = type(first)(**first)
+        assert torch.equal(model(**inputs, mm_encoder_outputs={"image": rebuilt}).logits, expected)
+        model.get_image_features(pixels.flip(-1))
+        with pytest.raises(UnsupportedError, match="not encoded by the wrapped model"):
+            model(**inputs, mm_encoder_outputs={"image": type(first)(**first)})
+    with (
+        mmcompress.wrap(model, "uniform", keep=0.9),
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match="not encoded by the wrapped model"),
+    ):
+        model(**inputs, mm_encoder_outputs={"image": first})
+
+
+def test_positional_pixels_are_seen() -> None:
+    model = built("llava")
+    inputs = FAMILIES["llava"].inputs(model, "single")
+    with mmcompress.wrap(model, "uniform", keep=0.4) as handle, torch.no_grad():
+        expected = model.model(**inputs).last_hidden_state
+        ids, pixels = inputs.pop("input_ids"), inputs.pop("pixel_values")
+        assert torch.equal(model.model(ids, pixels, **inputs).last_hidden_state, expected)
+        assert handle.stats is not None
+
+
+@pytest.mark.parametrize("method", ["fastv", "sparsevlm"])
+def test_what_goes_by_the_prompt_needs_the_model_that_knows_it(method: str) -> None:
+    model = built("llava")
+    with pytest.raises(UnsupportedError, match="LlavaModel does not know where it ends; wrap the model that generates"):
+        mmcompress.wrap(model.model, method, keep=0.4)
+    with pytest.raises(UnsupportedError, match="does not know where it ends"):
+        mmcompress.wrap(model.model, kv="snapkv(keep=0.5)")
+    mmcompress.wrap(model.model, "uniform", keep=0.4).unwrap()
+
+
+def test_a_wrap_that_fails_leaves_no_hook() -> None:
+    model = built("llava")
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(SpecError, match="there is no such folder"):
+        mmcompress.wrap(model, ["cdpruner(keep=0.4, text_tower=/nowhere)", "fastv(keep=0.4)"], kv="snapkv(keep=0.5)")
+    assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()] == hooks
+    assert not any("mmcompress_tap" in vars(getattr(module, "config", None) or object) for module in model.modules())
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("method", ["visionzip", "fastv", "tome"])
+def test_parts_of_a_wrapped_model_are_not_copied(method: str) -> None:
+    """PEFT's `modules_to_save` copies the projector."""
+    model = built("llava")
+    with mmcompress.wrap(model, method, keep=0.4):
+        hooked = next(module for module in model.modules() if module._forward_pre_hooks or module._forward_hooks)
+        with pytest.raises(UnsupportedError, match="cannot be copied or pickled, nor its parts"):
+            copy.deepcopy(hooked)
+
+
+def test_an_emptied_cache_is_anybodys() -> None:
+    model = built("llava")
+    inputs = FAMILIES["llava"].inputs(model, "single")
+    expected = model.generate(**inputs, max_new_tokens=3)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    with mmcompress.wrap(model, "uniform", keep=0.4):
+        model.generate(**inputs, **{CACHE: cache}, max_new_tokens=3)
+    cache.reset()
+    assert torch.equal(model.generate(**inputs, **{CACHE: cache}, max_new_tokens=3), expected)
