@@ -12,7 +12,6 @@ from rich.console import Console
 
 from mmcompress.cli._shared import MODEL_HELP, load_model
 from mmcompress.errors import SpecError, unknown_name
-from mmcompress.spec import Spec
 
 
 def calibrate(
@@ -98,6 +97,7 @@ def matryoshka(
     from mmcompress.evals.matryoshka import Recipe, Trainer
     from mmcompress.evals.micro.notes import UNLEARNT
     from mmcompress.evals.suites import configure
+    from mmcompress.spec import Spec
 
     try:
         scales = tuple(sorted(int(part) for part in budgets.split(",")))

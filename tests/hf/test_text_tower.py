@@ -131,7 +131,7 @@ def test_the_question_decides_what_stays(llava: Any, tower: str) -> None:
 
 def test_nothing_but_the_question_is_read(llava: Any, tower: str) -> None:
     with mmcompress.wrap(llava, "cdpruner", text_tower=tower, keep=3) as handle:
-        reader = handle._door.remover.text_tower  # type: ignore[union-attr]
+        reader = handle._door.remover._text_tower  # type: ignore[union-attr]
     assert isinstance(reader, TextTower)
     image = TOKENS.index("<image>")
 
