@@ -196,6 +196,8 @@ class Trainer:
         finally:
             self._save()
         self._export()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()  # without, processes may abort at their exit
 
     def _train(self, inputs: Any) -> list[dict[str, Any]]:
         for group in self.optimizer.param_groups:
