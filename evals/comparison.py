@@ -25,7 +25,6 @@ from mmcompress.evals.suites.base import Problem, Question, Scorer, draw, finger
 from mmcompress.registry import METHODS
 
 BASELINES = ("random", "uniform")
-"""Of every parameter, to tell whether a model has been trained on since."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mmcompress.evals.micro.processing import load_processor
 from mmcompress.integrations.hf.families import FAMILIES
 
 WEIGHTS_SEEN = 16
+"""Of every parameter, to tell whether a model has been trained on since."""
 
 
 def load_micro(name: str = DEFAULT_MODEL) -> tuple[Any, Any]:
