@@ -70,7 +70,7 @@ def build(
     for index in track(range(images), "Drawing pictures", console=Console(stderr=True)):
         sample = make_sample(seed, index, style)
         name = f"images/{index:03d}.png"
-        Image.fromarray(sample.picture).save(out / name, optimize=True)
+        Image.fromarray(sample.picture).save(out / name)
         for asked in sample.questions:
             questions.append(Question(len(questions), name, asked.question, asked.answer, asked.type, asked.form))
     rows = (json.dumps(asdict(question)) + "\n" for question in questions)
