@@ -21,7 +21,7 @@ INTRODUCTION = """# Which method works where
 Made by `mmcompress list --markdown` from the registry, on models of every family's default size. "yes": with its
 defaults; an option: with that option only, for the reason given; "no": for the reason given. The last column is about
 vLLM on LLaVA-1.5; on LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL and Qwen3-VL it can do the same wherever
-transformers can, with the options of both columns.
+transformers can, with the options of both columns, except for `m3`, which it has on LLaVA-1.5 alone.
 """
 
 OF_POLICIES = """## KV policies

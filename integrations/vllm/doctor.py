@@ -75,7 +75,7 @@ def outlook(name: str, wanted: Any) -> str:
     if plan is not None:
         verb = "reads" if plan.window is None else "leaves"
         held = _of((_TOKENS, _TILES * _TOKENS), plan.entries)
-        done.append(f"{settings.config.kv[0]} {verb} {held} entries of the KV cache")
+        done.append(f"{settings.config.kv[0]} {verb} {held} entries of the KV cache, on CPUs alone")
     return f"{name}: {'; '.join(done)}"
 
 

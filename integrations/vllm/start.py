@@ -170,6 +170,16 @@ def _obstacles(vllm_config: Any, compression: Compression) -> Iterator[str]:
         yield "each half of a batch would get the positions of the whole; leave out --enable-dbo and --ubatch-size"
     if has_mrope and compilation.cudagraph_mode == CUDAGraphMode.FULL:
         yield "full CUDA graphs of prefill would leave out positions; use cudagraph_mode FULL_AND_PIECEWISE"
+    if has_mrope and _may_prefill_like_decode(vllm_config.scheduler_config):
+        yield (
+            "an image token alone in its step would be taken for decoding, whose CUDA graphs leave out positions; raise "
+            "--max-num-batched-tokens above --max-num-seqs, and --long-prefill-token-threshold above 1"
+        )
+
+
+def _may_prefill_like_decode(scheduler: Any) -> bool:
+    """Whether a step can have one token of every request it has, with one in the middle of a prompt among them."""
+    return scheduler.max_num_batched_tokens <= scheduler.max_num_seqs or scheduler.long_prefill_token_threshold == 1
 
 
 def _most_tokens(info: Any, compression: Compression) -> int:

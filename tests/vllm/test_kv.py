@@ -233,6 +233,7 @@ def test_wrong_policies_are_refused(wanted: Any, reason: str) -> None:
         ({"kv_cache_dtype": "fp8"}, "leave out kv, or --kv-cache-dtype fp8"),
         ({"attention_backend": "CPU_ATTN"}, "--attention-backend"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "--kv-transfer-config"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
     ],
     ids=str,

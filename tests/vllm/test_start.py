@@ -99,6 +99,8 @@ def test_wrong_requests_are_refused(wanted: Any, reason: str) -> None:
         ({"pipeline_parallel_size": 2}, "use --tensor-parallel-size"),
         ({"ubatch_size": 2}, "--ubatch-size"),
         ({"compilation_config": {"cudagraph_mode": "FULL"}}, "FULL_AND_PIECEWISE"),
+        ({"max_num_batched_tokens": 32, "max_num_seqs": 32}, "raise --max-num-batched-tokens above --max-num-seqs"),
+        ({"long_prefill_token_threshold": 1}, "--long-prefill-token-threshold above 1"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
     ],
     ids=str,

@@ -43,8 +43,8 @@ def obstacles(vllm_config: Any, plan: KVPlan) -> Iterator[str]:
         yield f"KV policies read what vLLM packs no further; leave out kv, or --kv-cache-dtype {dtype}"
     if attention.backend is not None or attention.backend_per_kind:
         yield "KV policies bring an attention backend of their own; leave out --attention-backend"
-    if vllm_config.kv_transfer_config is not None:
-        yield "caches under KV policies are not handed on; leave out --kv-transfer-config"
+    if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
+        yield "caches under KV policies are not handed on; leave out --kv-transfer-config and --kv-offloading-size"
     if vllm_config.speculative_config is not None:
         yield "drafts would be checked against what was evicted; leave out --speculative-config"
     heads, ranks = vllm_config.model_config.get_total_num_kv_heads(), vllm_config.parallel_config.tensor_parallel_size
