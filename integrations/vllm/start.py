@@ -172,8 +172,8 @@ def _obstacles(vllm_config: Any, compression: Compression) -> Iterator[str]:
         yield "full CUDA graphs of prefill would leave out positions; use cudagraph_mode FULL_AND_PIECEWISE"
     if has_mrope and _may_prefill_like_decode(vllm_config.scheduler_config):
         yield (
-            "an image token alone in its step would be taken for decoding, whose CUDA graphs leave out positions; raise "
-            "--max-num-batched-tokens above --max-num-seqs, and --long-prefill-token-threshold above 1"
+            "an image token alone in its step would be taken for decoding, whose CUDA graphs leave out positions; "
+            "raise --max-num-batched-tokens above --max-num-seqs, and --long-prefill-token-threshold above 1"
         )
 
 
