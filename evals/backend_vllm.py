@@ -32,6 +32,10 @@ from mmcompress.integrations.vllm.settings import Settings
 from mmcompress.integrations.vllm.start import check_model
 from mmcompress.spec import CompressionConfig
 
+_NOTHING_REUSED: Mapping[str, Any] = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
+"""Times are of whole answers. Where both are off, vLLM also names every image anew instead of by its content, so that
+the cache of its encoder holds none that was asked about before."""
+
 
 @dataclass(frozen=True)
 class VLLM:
@@ -49,7 +53,7 @@ class VLLM:
         """Read the settings from JSON.
 
         Raises:
-            SpecError: they are no JSON object, or set what compression does.
+            SpecError: they are no JSON object, set what compression does, or have the engine reuse work.
             UnsupportedError: vLLM is not installed.
         """
         if importlib.util.find_spec("vllm") is None:
@@ -63,6 +67,12 @@ class VLLM:
                 f"--engine {settings}: give an object with arguments of vllm.LLM, such as "
                 '{"tensor_parallel_size": 2}; model and additional_config are those of the evaluation.'
             )
+        caches = [name for name in _NOTHING_REUSED if name in read]
+        if caches:
+            raise SpecError(
+                f"--engine {settings}: leave out {' and '.join(caches)}; an evaluation has vLLM reuse nothing of one "
+                "question for another, so that times are of whole answers."
+            )
         return cls(read)
 
     @property
@@ -70,7 +80,7 @@ class VLLM:
         """What answers depend on, beside the model and the questions."""
         from vllm import __version__
 
-        return {"backend": self.name, "vllm": __version__, "engine": dict(self.settings)}
+        return {"backend": self.name, "vllm": __version__, "engine": {**_NOTHING_REUSED, **self.settings}}
 
     def place(self, processes: Processes) -> str:
         """Beside the engine, on the CPU.
@@ -122,6 +132,7 @@ class VLLM:
         unanswered = {run: lacking(run, everything, answers) for run in runs}
         images = max((len(asked.images) for suite in suites for asked in suite.questions), default=1)
         usual = {
+            **_NOTHING_REUSED,
             "seed": terms.seed,
             "dtype": str(model.dtype).removeprefix("torch."),
             "limit_mm_per_prompt": {"image": images},
@@ -134,10 +145,17 @@ class VLLM:
                     continue
                 costs = _Costs(model, run)
                 with self._engine(run, terms.model, usual) as llm:
+                    warm = False
                     for suite, questions in work:
                         for batch in batches(questions, terms.batch_size):
-                            answers.add(_answers(llm, model, processor, suite, batch, costs))
+                            asked, fields = _prepared(model, processor, batch)
                             progress.advance(task, len(batch))
+                            if not asked:
+                                continue
+                            if not warm:  # the first pass of an engine is slow
+                                _generate(llm, processor, suite, asked)
+                                warm = True
+                            answers.add(_answers(llm, processor, suite, asked, fields, costs))
 
     @contextmanager
     def _engine(self, run: Run, model: str, usual: Mapping[str, Any]) -> Iterator[Any]:
@@ -159,17 +177,20 @@ class VLLM:
             cleanup_dist_env_and_memory()
 
 
-def _answers(
-    llm: Any, model: Any, processor: Any, suite: Asked, batch: Sequence[Question], costs: _Costs
-) -> Iterator[tuple[Key, str, Spent]]:
-    """Greedy answers to the questions of a batch that can be asked."""
-    from vllm import SamplingParams
-
+def _prepared(model: Any, processor: Any, batch: Sequence[Question]) -> tuple[list[Question], list[Any]]:
+    """The questions of a batch that can be asked, and the inputs that transformers' model would get for each."""
     asked, fields = [], []
     for question in batch:
         ready, inputs, _ = prepare(model, processor, [question])
         asked += ready
         fields += [inputs] * len(ready)
+    return asked, fields
+
+
+def _generate(llm: Any, processor: Any, suite: Asked, asked: Sequence[Question]) -> tuple[list[Any], float]:
+    """The engine's greedy outputs for `asked`, and the seconds that they took."""
+    from vllm import SamplingParams
+
     requests = [
         {
             "prompt": prompt(processor, question.prompt, len(question.images)),
@@ -179,7 +200,14 @@ def _answers(
     ]
     start = time.perf_counter()
     outputs = llm.generate(requests, SamplingParams(temperature=0, max_tokens=suite.max_new_tokens), use_tqdm=False)
-    seconds = time.perf_counter() - start
+    return outputs, time.perf_counter() - start
+
+
+def _answers(
+    llm: Any, processor: Any, suite: Asked, asked: Sequence[Question], fields: Sequence[Any], costs: _Costs
+) -> Iterator[tuple[Key, str, Spent]]:
+    """Greedy answers to the questions of a batch, with what they cost."""
+    outputs, seconds = _generate(llm, processor, suite, asked)
     for question, inputs, output in zip(asked, fields, outputs, strict=True):
         text = processor.decode(list(output.outputs[0].token_ids), skip_special_tokens=True)
         spent = costs.of(len(question.images), inputs, len(output.prompt_token_ids), seconds / len(asked))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from mmcompress.evals.environment import environment
 from mmcompress.evals.loading import weights_fingerprint
 from mmcompress.evals.record import Asked, Record
 from mmcompress.evals.runner import Run, configure
-from mmcompress.evals.suites.base import Problem, Question, Scorer, draw, fingerprint
+from mmcompress.evals.suites.base import Problem, Question, Scorer, content_hash, draw, fingerprint, picture_contents
 from mmcompress.registry import METHODS
 
 BASELINES = ("random", "uniform")
@@ -116,22 +117,23 @@ def compare(
     out: Path,
     console: Console,
     backend: Backend = TRANSFORMERS,
+    command: str = "eval",
 ) -> Record | None:
     """Ask what the folder `out` has no answer to yet, and write `results.json` and `table.md` there.
 
     Of several processes the first one writes the results, the others return None. The `backend` answers; `model`
-    tells what runs are possible, what they cost and what they keep of samples.
+    tells what runs are possible, what they cost and what they keep of samples. Different commands do not share `out`.
 
     Raises:
         SpecError: `out` holds answers given under other conditions, or a run is malformed.
         UnsupportedError: a run is not possible on this model.
         InputError: not one question can be asked.
-        OSError: `out` cannot be written to; what was answered stays.
+        OSError: `out` cannot be written to, or a file that an option names cannot be read; what was answered stays.
     """
     if not processor.chat_template:
         raise UnsupportedError("the model's processor has no chat template, so its prompt format is not known.")
     number, wait = terms.processes.number, terms.processes.wait
-    conditions = _conditions(model, suites, terms) | backend.conditions
+    conditions = {"command": command} | _conditions(model, suites, chosen.runs, terms) | backend.conditions
     if number == 0:
         Answers(out, conditions).close()
     wait()
@@ -209,7 +211,7 @@ def _without_unanswered(model: Any, processor: Any, asked: Asked, answers: Answe
     return replace(asked, problems=[*asked.problems, *found])
 
 
-def _conditions(model: Any, suites: Sequence[Asked], terms: Terms) -> dict[str, Any]:
+def _conditions(model: Any, suites: Sequence[Asked], runs: Sequence[Run], terms: Terms) -> dict[str, Any]:
     """What answers depend on."""
     return {
         "model": terms.model,
@@ -221,7 +223,29 @@ def _conditions(model: Any, suites: Sequence[Asked], terms: Terms) -> dict[str, 
         "mmcompress": mmcompress.__version__,
         "transformers": transformers.__version__,
         **{f"questions of {asked.label}": fingerprint(asked.questions) for asked in suites},
+        # One by one, so that a picture that was missing can be put in its place.
+        **{
+            f"picture {name} of {asked.label}": content
+            for asked in suites
+            for name, content in picture_contents(asked.questions).items()
+        },
+        **{f"content of {path}": _content(Path(path)) for path in _files(runs)},
     }
+
+
+def _files(runs: Sequence[Run]) -> list[str]:
+    """Files and folders that options of `runs` name."""
+    specs = [spec for config in (configure(*run) for run in runs) for spec in (*config.methods, *config.kv)]
+    values = [value for spec in specs for value in spec.options.values() if isinstance(value, str)]
+    return [value for value in dict.fromkeys(values) if os.path.exists(value)]
+
+
+def _content(path: Path) -> str:
+    """Equal for equal files, or for folders of equal files."""
+    if not path.is_dir():
+        return content_hash(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return content_hash(os.fsencode("\n".join(f"{content_hash(file)} {file.relative_to(path)}" for file in files)))
 
 
 def _takes_keep(methods: str) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from mmcompress.errors import SpecError
 from mmcompress.evals import comparison, report_file
 from mmcompress.evals.backends import Terms
 from mmcompress.evals.loading import load_micro
@@ -22,6 +24,7 @@ from mmcompress.evals.suites import configure
 METHODS = ("random", "uniform", "pool", "vtc-cls", "todre")
 METHODS_WITHOUT_CLS = ("random", "uniform", "pool", "vtc-cls(score=received)", "todre")
 KEEPS = (0.5, 0.25, 0.1, 0.05)
+COMMAND = "demo"
 
 
 def choose_runs(model: Any) -> list[Run]:
@@ -50,7 +53,7 @@ def demo(
         name: of the embedded model.
 
     Raises:
-        SpecError: `limit` is not positive, or there is no such model.
+        SpecError: `limit` is not positive, there is no such model, or `out` holds an evaluation of another command.
         OSError: `out` cannot be written to.
     """
     console = console or Console()
@@ -58,10 +61,9 @@ def demo(
     asked = comparison.read("microvqa", configure("microvqa", Path(), unlearnt=UNLEARNT.get(name, frozenset())), terms)
     torch.set_num_threads(threads)
     model, processor = load_micro(name)
-    for left in (*out.glob("answers-*.jsonl"), *out.glob("conditions.json")):
-        left.unlink()
+    _drop_answers(out)
     chosen = comparison.Comparison(choose_runs(model), {})
-    result = comparison.compare(model, processor, [asked], chosen, terms, out, console)
+    result = comparison.compare(model, processor, [asked], chosen, terms, out, console, command=COMMAND)
     assert result is not None  # this is the only process
     label, question, panels = samples(model, processor, [asked], result)[0]
     drawn, page = out / "overlay.png", out / "report.html"
@@ -74,6 +76,26 @@ def demo(
     report_file.write([out], page)
     for path in (drawn, page):
         console.print(f"wrote {path}", highlight=False)
+
+
+def _drop_answers(out: Path) -> None:
+    """Drop those of an earlier demonstration.
+
+    Raises:
+        SpecError: they are not of one.
+    """
+    path = out / "conditions.json"
+    left = [*out.glob("answers-*.jsonl"), *out.glob(path.name)]
+    try:
+        own = json.loads(path.read_text(encoding="utf-8"))["command"] == COMMAND
+    except (OSError, ValueError, KeyError, TypeError):
+        own = False
+    if left and not own:
+        raise SpecError(
+            f"{out} holds an evaluation that mmcompress demo did not write: choose another --out, or delete it first."
+        )
+    for file in left:
+        file.unlink()
 
 
 def _caption(run: Record, note: str, label: str, number: int) -> str:

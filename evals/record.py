@@ -62,10 +62,12 @@ def suite_record(asked: Asked, answers: Answers, runs: Sequence[Run], seed: int)
         grades = [asked.scorer.grade(text, question) for (text, _), question in zip(known, questions, strict=True)]
         by_run.append(([text for text, _ in known], grades, Cost.of([spent for _, spent in known])))
     resampled = _resampled(asked.scorer, questions, [grades for _, grades, _ in by_run], seed)
-    controls = {(run.keep, run.kv): number for number, run in enumerate(runs) if run.method == "random"}
+    # Budgets as written, for 1 and 1.0 are equal, but different ones.
+    budgets = [(repr(run.keep), run.kv) for run in runs]
+    controls = {budgets[number]: number for number, run in enumerate(runs) if run.method == "random"}
     records = []
     for number, (run, (texts, grades, cost)) in enumerate(zip(runs, by_run, strict=True)):
-        control = controls.get((run.keep, run.kv)) if run.method not in (None, "random") else None
+        control = controls.get(budgets[number]) if run.method not in (None, "random") else None
         records.append(
             {
                 "metrics": _metrics(asked.scorer, questions, grades),
@@ -86,7 +88,10 @@ def suite_record(asked: Asked, answers: Answers, runs: Sequence[Run], seed: int)
 
 
 def overall(records: Sequence[Record]) -> list[Record]:
-    """Per run the mean over suites of what is retained, and of what it costs; `records` by run, then suite."""
+    """Per run the mean over suites of what is retained, and of what it costs; `records` by run, then suite.
+
+    The mean has no margin where one of them has no interval.
+    """
     means = []
     for by_suite in records:
         known = [suite["retained"] for suite in by_suite.values() if suite.get("retained")]
@@ -94,7 +99,8 @@ def overall(records: Sequence[Record]) -> list[Record]:
         value = float(np.mean([part["value"] for part in known])) if known else None
         costs = [suite["cost"] for suite in by_suite.values() if suite]
         # Suites are independent of each other, so that their squared errors add up.
-        margin = math.sqrt(sum(width**2 for width in half)) / len(known) if value is not None and half else None
+        complete = len(half) == len(known) > 0
+        margin = math.sqrt(sum(width**2 for width in half)) / len(known) if complete else None
         means.append(
             {
                 "retained": None if value is None else {"value": value, "margin": margin},
@@ -162,10 +168,13 @@ def _metrics(scorer: Scorer, questions: Sequence[Question], grades: Sequence[Gra
 def _resampled(
     scorer: Scorer, questions: Sequence[Question], runs: Sequence[Sequence[Grade]], seed: int
 ) -> np.ndarray[Any, Any]:
-    """The metric of every run on resampled images, `[runs, RESAMPLES]`."""
+    """The metric of every run on resampled images, `[runs, RESAMPLES]`; NaN of one image."""
+    clusters = [question.cluster for question in questions]
+    if len(set(clusters)) < 2:  # every resample would be that image again, which says nothing of others
+        return np.full((len(runs), RESAMPLES), np.nan)
     chunks = [
         [scorer.metrics(questions, grades, weights)[scorer.metric] for grades in runs]
-        for weights in bootstrap_weights([question.cluster for question in questions], RESAMPLES, seed)
+        for weights in bootstrap_weights(clusters, RESAMPLES, seed)
     ]
     return np.concatenate(chunks, axis=1)
 

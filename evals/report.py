@@ -85,7 +85,7 @@ def table(result: Record, label: str) -> Table:
     for number, (heading, unit) in enumerate(columns(result, label)):
         drawn.add_column(f"{heading}\n{unit}", justify="right" if number else "left", no_wrap=True)
     numbered = zip(result["runs"], rows(result, label), strict=True)
-    for _, alike in groupby(numbered, key=lambda entry: (entry[0]["method"] is None, entry[0]["keep"], entry[0]["kv"])):
+    for _, alike in groupby(numbered, key=lambda entry: (entry[0]["method"] is None, *budget_key(entry[0]))):
         for _, cells in alike:
             drawn.add_row(*cells)
         drawn.add_section()
@@ -127,7 +127,7 @@ def lines(result: Record) -> list[dict[str, Any]]:
             of_suite = run["suites"][label]
             if not of_suite:
                 continue
-            cost, retained = of_suite["cost"], of_suite["retained"] or {}
+            cost, retained, against = of_suite["cost"], of_suite["retained"] or {}, of_suite["versus_random"] or {}
             found.append(
                 {
                     "model": result["model"],
@@ -140,6 +140,8 @@ def lines(result: Record) -> list[dict[str, Any]]:
                     "metric": suite["metric"],
                     "value": of_suite["metrics"][suite["metric"]],
                     "margin": of_suite["margin"],
+                    "versus_random": against.get("value"),
+                    "versus_random_error": against.get("error"),
                     "retained": retained.get("value"),
                     "retained_low": retained.get("low"),
                     "retained_high": retained.get("high"),
@@ -148,6 +150,8 @@ def lines(result: Record) -> list[dict[str, Any]]:
                     "prefill_flops": cost["prefill_flops"],
                     "kv_bytes": cost["kv_bytes"],
                     **{f"{stage}_seconds": seconds for stage, seconds in cost["seconds"].items()},
+                    **{f"metric: {name}": value for name, value in of_suite["metrics"].items()},
+                    **{f"category: {name}": score for name, score in of_suite["categories"].items()},
                 }
             )
     return found
@@ -174,6 +178,11 @@ def budget(keep: int | float | None) -> str:
     if keep is None:
         return NO_BUDGET
     return f"{100 * keep:g}%" if isinstance(keep, float) else str(keep)
+
+
+def budget_key(run: Record) -> tuple[str, str | None]:
+    """Equal for runs of the same budget and KV policy; budgets as written, for 1 and 1.0 are different ones."""
+    return repr(run["keep"]), run["kv"]
 
 
 def percent(share: Record | None) -> str:

@@ -174,10 +174,35 @@ def test_demo_writes_table_answers_and_picture(tmp_path: Path) -> None:
     assert len(DEMO_METHODS) + 1 == 6  # what the picture has room for
 
 
+def test_demo_begins_anew_in_its_own_folder_alone(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    demo = ("demo", "--limit", 1, "--out")
+    succeed(*demo, own)
+    before = (own / "answers-0.jsonl").read_text()
+    (own / "answers-1.jsonl").write_text(before)
+    succeed(*demo, own)
+    assert not (own / "answers-1.jsonl").exists()
+    assert (own / "answers-0.jsonl").read_text().count("\n") == before.count("\n")
+    ask = ("eval", "--method", "todre", "--no-baselines", "--keep", 0.5, "--limit", 1, "--out")
+    assert "command was demo, is eval" in fail(*ask, own)
+    succeed(*ask, other)
+    for name in ("conditions.json", "answers-0.jsonl"):
+        kept = {path.name: path.read_bytes() for path in other.iterdir() if path.is_file()}
+        assert "did not write: choose another --out" in fail(*demo, other)
+        assert kept == {path.name: path.read_bytes() for path in other.iterdir() if path.is_file()}
+        (other / name).unlink()
+    succeed(*demo, other)
+
+
 def test_doctor_finds_nothing() -> None:
     text = succeed("doctor")
     assert "all good" in text and transformers.__version__ in text and "sdpa" in text
     assert all(name in text for name in METHODS.names())
+
+
+def test_limits_are_told_alike() -> None:
+    for command in ("demo", "eval"):
+        assert "Ask N questions of each suite, and the others about the same images." in succeed(command, "--help")
 
 
 def test_doctor_names_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +225,11 @@ def test_doctor_names_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
         (("info", "vtc-cls(first_layer=two)"), "must be int or None"),
         (("demo", "--limit", 0), "limit must be at least 1"),
         (("demo", "--out", PICTURE), "File exists"),
+        (("doctor", "--model", "micro-llava"), "--model, --method and --kv go with --vllm"),
+        (("doctor", "--method", "todre(keep=0.2)"), "go with --vllm"),
+        (("doctor", "--kv", "snapkv(keep=8)"), "go with --vllm"),
+        (("doctor", "--vllm", "--method", "todre(keep=0.2)"), "--method and --kv go with --vllm and --model"),
+        (("doctor", "--vllm", "--kv", "snapkv(keep=8)"), "--method and --kv go with --vllm and --model"),
         (ask("--method", "nope", "--keep", 0.5), "unknown method 'nope'"),
         (ask("--method", "todre", "--keep", 1.5), "keep=1.5 is out of range"),
         (ask("--method", "todre", "--keep", 0), "keep=0 is no token count"),

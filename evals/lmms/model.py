@@ -70,7 +70,8 @@ class MMCompress(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer `requests`, those with equal settings of generation together, and log speed and visual tokens."""
         # The arguments of a request: context, chat, settings of generation, number of the document, task, split.
-        order = Collator([request.args for request in requests], lambda args: args[3], group_fn=lambda args: args[2])
+        arguments = [request.args for request in requests]
+        order = Collator(arguments, lambda args: args[3], group_fn=lambda args: args[2], grouping=True)
         said: list[GenerationResult] = []
         seconds, generated, seen, kept = 0.0, 0, 0, 0
         with tqdm(total=len(requests), disable=self.rank != 0, desc="answers") as progress:
@@ -94,8 +95,8 @@ class MMCompress(lmms):
         """The answers to one batch; of each, the prompt's tokens that entered the LLM and those of the answer."""
         _, to_messages, settings, documents, tasks, splits = zip(*batch, strict=True)
         chats = [
-            ChatMessages(messages=to_messages[0](self.task_dict[task][split][document]))
-            for task, split, document in zip(tasks, splits, documents, strict=True)
+            ChatMessages(messages=word(self.task_dict[task][split][document]))
+            for word, task, split, document in zip(to_messages, tasks, splits, documents, strict=True)
         ]
         inputs = self._encode(chats)
         texts, output = answer(self.model, self.processor, inputs, settings[0])

@@ -27,6 +27,16 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
+def content_hash(source: bytes | Path) -> str:
+    """Equal for equal bytes, at hand or in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture that is read when it is needed: `data` holds the encoded file, or `path` says where it is."""
@@ -34,6 +44,21 @@ class Picture:
     name: str
     path: Path | None = None
     data: bytes | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def held(cls, data: bytes) -> Picture:
+        """A picture of no name of its own: it is named by its content, so that equal ones are one."""
+        return cls(content_hash(data), data=data)
+
+    @property
+    def content(self) -> str | None:
+        """The hash of its encoded file; None where there is none to read."""
+        if self.data is not None:
+            return content_hash(self.data)
+        try:
+            return content_hash(self.path) if self.path is not None and self.path.is_file() else None
+        except OSError:
+            return None
 
     def open(self) -> Image.Image:
         """Read it as RGB, turned upright.
@@ -262,3 +287,14 @@ def fingerprint(questions: Sequence[Question]) -> str:
         parts = (asked.id, *(picture.name for picture in asked.images), asked.prompt, *asked.answers, *asked.choices)
         digest.update("\0".join(parts).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
+
+
+def picture_contents(questions: Iterable[Question]) -> dict[str, str]:
+    """The hash of every picture by its name, but of those that are missing or named by their content.
+
+    Bytes are hashed, not sizes and times, for copies of a folder have other times. It costs little: whatever is asked
+    about is read anyway.
+    """
+    pictures = dict.fromkeys(picture for asked in questions for picture in asked.images)
+    found = ((picture.name, picture.content) for picture in pictures)
+    return {name: content for name, content in found if content is not None and content != name}

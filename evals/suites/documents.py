@@ -48,8 +48,8 @@ class Documents(Suite):
             return picture_in(self.folder / self.images, row.text(name))
         if not isinstance(held.get("bytes"), bytes):
             raise InputError(f"{name!r} holds no picture.")
-        # Rows about one picture share its path, where there is one.
-        return Picture(str(held.get("path") or row.where), data=held["bytes"])
+        # Parquet may give pictures of different rows the same path.
+        return Picture.held(held["bytes"])
 
 
 def _first(row: Row, names: tuple[str, ...]) -> str | None:

@@ -16,7 +16,7 @@ class Jsonl(Suite):
     name = "jsonl"
     summary = "your own: a line each of image (or a list), question, answers (or one) and optionally id, category"
     files = ("questions.jsonl",)
-    scorer = scoring.EXACT
+    scorer = scoring.EXACT_OR_EQUAL
     prompts = SHORT
 
     def rows(self) -> Iterator[Row]:

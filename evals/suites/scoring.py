@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,10 @@ TOLERANCE = 0.05
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _MARKS = string.punctuation + string.whitespace
+_LEADS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+"""What MMMU takes to lead to an answer."""
+_NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?e[+-]?\d+", r"-?(?:\d*\.\d+|\d+\b)(?!e[+-]?\d|[,\d])")
+"""Grouped by commas, with an exponent, and plain."""
 _PATTERNS = (
     r"^\W*LETTER[).:,]",
     r"\(LETTER\)",
@@ -58,20 +64,64 @@ def vqa_accuracy(normalise: Callable[[str], str]) -> Scorer:
 
 
 def _exact(text: str, question: Question) -> Grade:
-    def bare(words: str) -> str:
-        return words.lower().translate(_PUNCTUATION)
-
-    given = bare(text)
-    return Grade(float(any(bare(answer) == given for answer in question.answers)), given.strip() != "", given)
+    given = _bare(text)
+    return Grade(float(any(_bare(answer) == given for answer in question.answers)), given.strip() != "", given)
 
 
-def _anls(text: str, question: Question) -> Grade:
+def _exact_or_equal(text: str, question: Question) -> Grade:
+    """Two numbers are compared as such, for "12.5" without its punctuation is "125"; all else exactly."""
+    given, number = _bare(text), _plain_number(text)
+
+    def right(answer: str) -> bool:
+        target = _plain_number(answer)
+        return _bare(answer) == given if number is None or target is None else target == number
+
+    return Grade(float(any(map(right, question.answers))), given.strip() != "", given)
+
+
+def _bare(words: str) -> str:
+    return words.lower().translate(_PUNCTUATION)
+
+
+def _plain_number(text: str) -> float | None:
+    """A number that may be grouped by commas, end a sentence and have a sign of percent or dollars."""
+    try:
+        number = float(text.strip().rstrip(".").strip("$%").replace(",", ""))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None  # "nan" and "infinity" are words
+
+
+def _anls_score() -> Callable[..., Any]:
+    """What measures ANLS.
+
+    Raises:
+        UnsupportedError: anls-star is not installed.
+    """
     try:
         from anls_star import anls_score
     except ImportError as error:
         raise UnsupportedError(f"ANLS needs anls-star: pip install 'mmcompress[evals]' ({error})") from error
+    return anls_score
+
+
+class _ANLSScorer(Scorer):
+    """ANLS, which asks for its package as soon as a suite hands it out: answers are costly, and graded last."""
+
+    def __get__(self, suite: object | None, kind: type) -> Scorer:
+        """Itself, be it of a suite with a folder or of a class that is only listed.
+
+        Raises:
+            UnsupportedError: anls-star is not installed, and the suite is one to ask.
+        """
+        if suite is not None:
+            _anls_score()
+        return self
+
+
+def _anls(text: str, question: Question) -> Grade:
     given = " ".join(text.split())
-    score = anls_score(question.answers, given, return_gt=False, return_key_scores=False)
+    score = _anls_score()(question.answers, given, return_gt=False, return_key_scores=False)
     return Grade(score, given != "", given)
 
 
@@ -122,9 +172,50 @@ def choice(text: str, choices: Sequence[str]) -> str | None:
 
 def _multiple_choice(text: str, question: Question) -> Grade:
     if not question.choices:
-        return _exact(text, question)
+        return _open(text, question)
     letter = choice(text, question.choices)
     return Grade(float(letter in question.answers), letter is not None, letter or "")
+
+
+def _open(text: str, question: Question) -> Grade:
+    """MMMU's rule: a right answer is one of the numbers said, or is part of what is said last in a line."""
+    ends = _ends(text)
+    said = {form for part in (*ends, *_numbers_in(ends)) for form in _comparable(part)}
+    targets = {form for answer in question.answers for form in _comparable(answer)}
+    phrases = [form for form in said if isinstance(form, str)]
+    quoted = any(target in phrase for target in targets if isinstance(target, str) for phrase in phrases)
+    return Grade(float(quoted or not said.isdisjoint(targets)), text.strip(_MARKS) != "", text.strip())
+
+
+def _ends(text: str) -> list[str]:
+    """The ends of lines behind what leads to an answer, an equals sign in the last line; all of it if nothing does."""
+    whole = text.strip().strip(".").lower()
+    *others, last = whole.split("\n")
+    ends = [_end(line, _LEADS) for line in others] + [_end(last, (*_LEADS, "="))]
+    return [end for end in ends if end not in ("", *":,.!?;'")] or [whole]
+
+
+def _end(line: str, leads: Sequence[str]) -> str:
+    """The shortest that stands behind one of `leads`, of which one with nothing behind it voids those before it."""
+    shortest = ""
+    for lead in leads:
+        _, found, end = line.rpartition(lead)
+        if found and (not shortest or len(end.strip()) < len(shortest)):
+            shortest = end.strip()
+    return shortest
+
+
+def _numbers_in(parts: Sequence[str]) -> list[str]:
+    return [number for part in parts for pattern in _NUMBERS for number in re.findall(pattern, part)]
+
+
+def _comparable(text: str) -> list[float | str]:
+    """A number to two decimals, or words; a letter with a blank on either side, lest it be found in every word."""
+    bare = text.strip().lower()
+    try:
+        return [round(float(bare.replace(",", "")), 2)]
+    except ValueError:
+        return [f" {bare}", f"{bare} "] if len(bare) == 1 else [bare]
 
 
 def yes_or_no(text: str) -> str:
@@ -140,19 +231,23 @@ def _begins_with(text: str, question: Question) -> Grade:
     return Grade(float(said == question.answers[0].lower()), said != "", said)
 
 
-def _plain_yes_or_no(text: str, question: Question) -> Grade:
-    said = text.lower().strip()
-    valid = said in ("yes", "no")
-    return Grade(float(said == question.answers[0].lower()), valid, said if valid else "")
+def _denied_or_not(text: str, question: Question) -> Grade:
+    """POPE's rule: a first sentence with "no" or "not" means no, and everything else means yes.
+
+    lmms-eval reads answers of the one word alike, but takes all others for wrong and leaves them out of recall.
+    """
+    words = text.strip().split(".")[0].replace(",", "").split(" ")
+    said = "no" if {"No", "not", "no"} & set(words) else "yes"
+    return Grade(float(said == question.answers[0].lower()), text.lower().strip() in ("yes", "no"), said)
 
 
 def _pope(questions: Sequence[Question], grades: Sequence[Grade], weights: Array) -> dict[str, Array]:
-    """F1 of saying yes; an invalid answer is neither a miss nor a false alarm, but not accurate either."""
+    """F1 of saying yes, and what it is made of."""
     right = np.array([grade.score for grade in grades])
     said_yes = np.array([grade.read == "yes" for grade in grades], dtype=float)
-    said_no = np.array([grade.read == "no" for grade in grades], dtype=float)
     is_yes = np.array([question.answers[0].lower() == "yes" for question in questions], dtype=float)
-    hits, alarms, misses = (weights @ kind for kind in (said_yes * is_yes, said_yes * (1 - is_yes), said_no * is_yes))
+    kinds = (said_yes * is_yes, said_yes * (1 - is_yes), (1 - said_yes) * is_yes)
+    hits, alarms, misses = (weights @ kind for kind in kinds)
     return {
         "F1": _ratio(2 * hits, 2 * hits + alarms + misses),
         "accuracy": mean(right, weights),
@@ -190,9 +285,10 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 VQA = vqa_accuracy(normal.vqa)
 EVALAI = vqa_accuracy(normal.evalai)
 EXACT = mean_scorer("exact match", _exact, invalid="empty once punctuation is gone")
-ANLS = mean_scorer("ANLS", _anls)
+EXACT_OR_EQUAL = mean_scorer("exact match", _exact_or_equal, invalid="empty once punctuation is gone")
+ANLS = _ANLSScorer("ANLS", _anls, _mean_of("ANLS"))
 RELAXED = mean_scorer("relaxed accuracy", _relaxed)
 CONTAINS = mean_scorer("accuracy", _contains)
 CHOICE = mean_scorer("accuracy", _multiple_choice, invalid="no letter of a choice, nor the text of one")
-POPE = Scorer("F1", _plain_yes_or_no, _pope, invalid="neither yes nor no alone")
+POPE = Scorer("F1", _denied_or_not, _pope, invalid="neither yes nor no alone, though read as one of them")
 MME = Scorer("MME score", _begins_with, _mme, unit=1.0, invalid="neither yes nor no among the first four letters")

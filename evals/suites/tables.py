@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import ClassVar
 
 from mmcompress.errors import InputError
@@ -52,7 +53,7 @@ class Pictures:
             decoded = [base64.b64decode(part, validate=True) for part in encoded]
         except (binascii.Error, ValueError) as error:
             raise InputError(f"'image' is no base64: {error}") from error
-        return tuple(Picture(name or hashlib.sha256(data).hexdigest()[:16], data=data) for data in decoded)
+        return tuple(Picture(name, data=data) if name else Picture.held(data) for data in decoded)
 
 
 class Table(Suite):
@@ -137,4 +138,14 @@ class MMMU(Table):
     def question(self, row: Row) -> Question | None:
         if row.has("split") and row.text("split") != "validation":
             return None
-        return super().question(row)
+        asked = super().question(row)
+        return asked if asked is None or asked.choices else replace(asked, answers=_listed(*asked.answers))
+
+
+def _listed(answer: str) -> tuple[str, ...]:
+    """The answers that are written as a list, or the one that is not."""
+    try:
+        listed = ast.literal_eval(answer) if answer.startswith("[") else [answer]
+    except (SyntaxError, ValueError):  # words in brackets
+        listed = [answer]
+    return tuple(map(str, listed))

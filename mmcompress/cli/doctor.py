@@ -14,6 +14,7 @@ from rich.table import Table
 
 import mmcompress
 from mmcompress.cli._shared import complain, load_model
+from mmcompress.errors import SpecError
 from mmcompress.evals.micro import DEFAULT_MODEL, MODELS
 
 
@@ -31,6 +32,11 @@ def doctor(
       mmcompress doctor --vllm --model llava-hf/llava-1.5-7b-hf --method "hired(keep=0.2)"
       mmcompress doctor --vllm --model llava-hf/llava-1.5-7b-hf --kv "streamingllm(keep=512)"
     """
+    wanted = {name: value for name, value in (("method", method), ("kv", kv)) if value is not None}
+    if not vllm and (model is not None or wanted):
+        raise SpecError("--model, --method and --kv go with --vllm.")
+    if model is None and wanted:
+        raise SpecError("--method and --kv go with --vllm and --model: what they do depends on the model.")
     console = Console()
     problems: list[str] = []
 
@@ -48,7 +54,6 @@ def doctor(
         check("plugin", engine.plugin)
         if model is not None:
             folder = str(MODELS.get(model, model))
-            wanted = {key: value for key, value in (("method", method), ("kv", kv)) if value is not None}
             check("model", lambda: engine.outlook(folder, wanted or {"method": "uniform(keep=0.25)"}))
     else:
         console.print(_versions(problems))

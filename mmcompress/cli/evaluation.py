@@ -20,11 +20,12 @@ if typing.TYPE_CHECKING:
     from mmcompress.evals.comparison import Readable
 
 BACKENDS = ("hf", "vllm", "lmms")
+LIMIT_HELP = "Ask N questions of each suite, and the others about the same images."
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the table, the picture and all answers.")] = Path("demo"),
-    limit: Annotated[int | None, typer.Option(help="Ask only the first N questions.", metavar="N")] = None,
+    limit: Annotated[int | None, typer.Option(help=LIMIT_HELP, metavar="N")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; more only help on idle cores.", min=1)] = 1,
     model: Annotated[str, typer.Option(help=f"An embedded model: {', '.join(MODELS)}.")] = DEFAULT_MODEL,
 ) -> None:
@@ -65,10 +66,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Directory for tables and answers; with answers in it, go on.")] = Path(
         "eval"
     ),
-    limit: Annotated[
-        int | None,
-        typer.Option(help="Ask N questions of each suite, and the others about the same images.", metavar="N"),
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help=LIMIT_HELP, metavar="N")] = None,
     seed: Annotated[int, typer.Option(help="Draws the questions of --limit and resamples images.")] = 0,
     batch_size: Annotated[
         int | None, typer.Option(help="Questions asked at once; 64 of embedded models, 8 of others.", min=1)
@@ -105,9 +103,10 @@ def evaluate(
     """
     from mmcompress.spec import split_specs
 
-    keeps = [typing.cast("int | float", parse_keep(part)) for part in keep.split(",")]
+    given = [typing.cast("int | float", parse_keep(part)) for part in keep.split(",")]
+    keeps = list({repr(budget): budget for budget in given}.values())  # 1 and 1.0 are different ones
     asked = [part.strip() for part in split_specs(method)]
-    policies = [part.strip() for part in split_specs(kv)] if kv else []
+    policies = list(dict.fromkeys(part.strip() for part in split_specs(kv))) if kv else []
     labels = list(dict.fromkeys(part.strip() for part in split_specs(suite)))
 
     from mmcompress.evals import comparison

@@ -133,7 +133,8 @@ def _spoken(random: Random) -> str:
 
 
 def _yes_or_no(random: Random, number: int) -> Pair:
-    return {"text": _spoken(random), "answers": [random.choice(("yes", "no"))]}
+    """The word alone: of all else, lmms-eval makes no answer, and POPE's own script one of the two."""
+    return {"text": random.choice(("Yes", "yes", "YES", "No", "no")), "answers": [random.choice(("yes", "no"))]}
 
 
 def _twice_asked(random: Random, number: int) -> Pair:
@@ -149,6 +150,34 @@ def _short_choice(random: Random, number: int) -> Pair:
     letter = "ABCDE"[chosen]
     text = random.choice((letter, f"{letter}.", f"{letter}. {choices[chosen]}"))
     return {"text": text, "answers": ["ABCDE"[random.randrange(len(choices))]], "choices": choices}
+
+
+def _choice_or_open(random: Random, number: int) -> Pair:
+    return (_choice if random.random() < 0.5 else _open)(random, number)
+
+
+def _open(random: Random, number: int) -> Pair:
+    """Numbers and words, nearly right ones too, in sentences, equations and several lines."""
+    value = random.choice((random.randint(-20, 3000), round(random.uniform(-2, 90), random.randint(1, 4))))
+    near = random.choice((value, value, -value, value * 10, round(value, 2), round(value, 1)))
+    noun = random.choice((*_NOUNS, "x", "24/7"))
+    said = random.choice((str(near), f"{near:,}", f"{near:.2f}", f"{near:.2e}", noun, noun.upper()))
+    forms = (
+        "{}",
+        "{}.",
+        "about {} cm",
+        "The answer is {}",
+        "So it could be {}. It is large.",
+        "x = 2 * 3 = {}",
+        "y = {}\nthe rest",
+        "First, it is 7.\nThus the final result is: {}.",
+        "so it is \n{}",
+        "Answer: {}, therefore ?",
+        "the result is .",
+        "",
+    )
+    answers = random.sample((str(value), f"{value:,}", noun, random.choice(_NOUNS), "7"), random.randint(1, 2))
+    return {"text": random.choice(forms).format(said), "answers": answers}
 
 
 def _choice(random: Random, number: int) -> Pair:
@@ -183,5 +212,5 @@ METRICS: dict[str, Callable[[Random, int], Pair]] = {
     "scienceqa": _short_choice,
     "seed": _short_choice,
     "ai2d": _short_choice,
-    "mmmu": _choice,
+    "mmmu": _choice_or_open,
 }

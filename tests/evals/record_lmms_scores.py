@@ -88,6 +88,8 @@ def score_ai2d(pair: Pair) -> float:
 
 
 def score_mmmu(pair: Pair) -> float:
+    if "choices" not in pair:
+        return float(mmmu.eval_open(pair["answers"], mmmu.parse_open_response(pair["text"])))
     letters = "ABCDE"[: len(pair["choices"])]
     named = dict(zip(letters, pair["choices"], strict=True))
     seen = {mmmu.parse_multi_choice_response(pair["text"], list(letters), named) for _ in range(40)}

@@ -26,6 +26,7 @@ from mmcompress.evals.answers import Answers, Key
 from mmcompress.evals.backends import Terms
 from mmcompress.evals.comparison import Comparison
 from mmcompress.evals.loading import load_micro
+from mmcompress.evals.micro import MICROVQA_PATH, model_path
 from mmcompress.evals.processes import ALONE
 from mmcompress.evals.report_file import page
 from mmcompress.evals.runner import Run, Spent
@@ -200,6 +201,15 @@ def test_baselines_are_asked_unless_refused(tmp_path: Path) -> None:
     assert [run["method"] for run in record.load(tmp_path / "without")["runs"]] == [None, "todre"]
 
 
+def test_what_is_given_twice_is_asked_once(tmp_path: Path) -> None:
+    policies = "snapkv(keep=64), snapkv(keep=64)"
+    ask = ("eval", "--method", "todre", "--no-baselines", "--limit", 1, "--out", tmp_path)
+    succeed(*ask, "--keep", "1,0.5,.5,1.0,1", "--kv", policies)
+    labels = ["unpruned", "todre at 1", "todre at 50%", "todre at 100%"]
+    found = [run["label"] for run in record.load(tmp_path)["runs"]]
+    assert found == [*labels, *(f"{label}, KV snapkv(keep=64)" for label in labels)]
+
+
 def test_kv_policies_are_entries_of_their_own(tmp_path: Path) -> None:
     succeed(*ASK, "--no-baselines", "--kv", "snapkv(keep=0.5)", "--out", tmp_path)
     result = record.load(tmp_path)
@@ -286,6 +296,33 @@ def test_answers_of_other_weights_are_not_mixed(compare: Callable[..., Any], tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "those before"}))
     with pytest.raises(SpecError, match="weights was those before, is"):
         compare(tmp_path)
+
+
+def test_answers_about_other_pictures_are_not_mixed(compare: Callable[..., Any], tmp_path: Path) -> None:
+    shutil.copytree(DATA / "jsonl", tmp_path / "jsonl")
+    compare(tmp_path / "out", "jsonl", data=tmp_path)
+    picture = tmp_path / "jsonl" / "pictures" / "a.png"
+    picture.touch()
+    compare(tmp_path / "out", "jsonl", data=tmp_path)
+    picture.write_bytes((MICROVQA_PATH / "images" / "000.png").read_bytes())
+    with pytest.raises(SpecError, match=r"\(picture pictures/a\.png of jsonl was \w+, is \w+\): choose another --out"):
+        compare(tmp_path / "out", "jsonl", data=tmp_path)
+
+
+def test_answers_with_other_files_of_options_are_not_mixed(compare: Callable[..., Any], tmp_path: Path) -> None:
+    file, tower = tmp_path / "calibration.safetensors", tmp_path / "tower"
+    succeed("calibrate", "micro-llava", "--limit", 1, "--bits", 2, "--out", file)
+    shutil.copytree(model_path() / "text-tower", tower)
+    runs = [Run(None, 1.0), Run(f"cdpruner(text_tower={tower})", 0.25), Run(None, 1.0, f"kvquant(calibration={file})")]
+    for _ in range(2):
+        compare(tmp_path / "out", runs=runs, limit=1)
+    (tower / "config.json").write_text((tower / "config.json").read_text() + " ")
+    with pytest.raises(SpecError, match=rf"\(content of {tower} was \w+, is \w+\): choose another --out"):
+        compare(tmp_path / "out", runs=runs, limit=1)
+    succeed("calibrate", "micro-llava", "--limit", 1, "--bits", 3, "--out", file)
+    with pytest.raises(SpecError, match=f"content of {file} was"):
+        compare(tmp_path / "out", runs=runs, limit=1)
+    compare(tmp_path / "out", runs=runs[:1], limit=1)  # which reads neither
 
 
 def test_answers_of_another_version_are_not_mixed(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from answer_pairs import COUNT, METRICS, digest, pairs
+from test_cli import fail
 
 from mmcompress.evals.suites import SUITES
 from mmcompress.evals.suites.base import Grade, Picture, Question, Scorer
@@ -86,6 +88,17 @@ def test_weights_are_repetitions(metric: str) -> None:
         ("textvqa", "", ["10000"] * 10, 0.0, False),
         ("gqa", "Women.", ["women"], 1.0, True),
         ("gqa", "?", ["women"], 0.0, False),
+        ("gqa", "125", ["12.5"], 1.0, True),
+        ("jsonl", "125", ["12.5"], 0.0, True),
+        ("jsonl", "12.50", ["twelve", "12.5"], 1.0, True),
+        ("jsonl", "-5", ["5"], 0.0, True),
+        ("jsonl", "1,200", ["1200"], 1.0, True),
+        ("jsonl", "$12.50.", ["12.5"], 1.0, True),
+        ("jsonl", "12.5", ["125."], 0.0, True),
+        ("jsonl", "5", ["(5)"], 1.0, True),
+        ("jsonl", "NaN", ["nan"], 1.0, True),
+        ("jsonl", "Women.", ["women"], 1.0, True),
+        ("jsonl", ".", ["women"], 0.0, False),
         ("docvqa", "university of  california", ["UC", "University of California"], 1.0, True),
         ("docvqa", "0.28x", ["0.28"], 0.8, True),
         ("docvqa", "nothing like it", ["0.28"], 0.0, True),
@@ -99,7 +112,13 @@ def test_weights_are_repetitions(metric: str) -> None:
         ("ocrbench", "It reads: centre", ["CENTRE"], 1.0, True),
         ("ocrbench", "", ["CENTRE"], 0.0, False),
         ("pope", "Yes", ["yes"], 1.0, True),
-        ("pope", "Yes, there is.", ["yes"], 0.0, False),
+        ("pope", " no\n", ["no"], 1.0, True),
+        ("pope", "Yes, there is.", ["yes"], 1.0, False),
+        ("pope", "No, sir", ["no"], 1.0, False),
+        ("pope", "Yes. There is no dog.", ["yes"], 1.0, False),
+        ("pope", "It is not. Yes", ["no"], 1.0, False),
+        ("pope", "Nothing", ["no"], 0.0, False),
+        ("pope", "", ["yes"], 1.0, False),
         ("mme", "Yes, there is.", ["yes"], 1.0, True),
         ("mme", "maybe", ["yes"], 0.0, False),
     ],
@@ -136,7 +155,58 @@ def test_letters(text: str, letter: str | None) -> None:
     assert choice(text, ("a dog", "two cats", "boat")) == letter
 
 
-def test_open_questions_of_a_multiple_choice_suite_are_compared_exactly() -> None:
-    asked = Question("", (), "", ("12.5",))
-    grades = [SUITES["mmmu"].scorer.grade(text, asked) for text in ("12.5", "13", "")]
-    assert [(grade.score, grade.valid) for grade in grades] == [(1.0, True), (0.0, True), (0.0, False)]
+@pytest.mark.parametrize(
+    ("text", "answer", "score", "valid"),
+    [
+        ("12.5", "12.5", 1.0, True),
+        ("12.50", "12.5", 1.0, True),
+        ("The answer is 12.5", "12.5", 1.0, True),
+        ("x = 3 * 4 = 12.5", "12.5", 1.0, True),
+        ("so it is 13.\nThus 12.5 m", "12.5", 1.0, True),
+        ("125", "12.5", 0.0, True),
+        ("1.25", "12.5", 0.0, True),
+        ("-12.5", "12.5", 0.0, True),
+        ("", "12.5", 0.0, False),
+        ("?", "12.5", 0.0, False),
+        ("1,200", "1200", 1.0, True),
+        ("3.43", "['24/7', '3.429']", 1.0, True),
+        ("24/7", "['24/7', '3.429']", 1.0, True),
+        ("3.4", "['24/7', '3.429']", 0.0, True),
+        ("24", "['24/7', 3]", 0.0, True),
+        ("3", "['24/7', 3]", 1.0, True),
+        ("[0, 1)", "[0, 1)", 1.0, True),
+        ("The Red Car", "red car", 1.0, True),
+        ("exactly", "x", 0.0, True),
+    ],
+)
+def test_open_questions_of_mmmu(text: str, answer: str, score: float, valid: bool, tmp_path: Path) -> None:
+    row = {"index": "1", "question": "?", "answer": answer, "image": "A" * 100, "A": "", "B": ""}
+    (tmp_path / "MMMU_DEV_VAL.tsv").write_text("\t".join(row) + "\n" + "\t".join(row.values()) + "\n")
+    suite = SUITES["mmmu"](tmp_path)
+    ((asked,), _) = suite.read()
+    grade = suite.scorer.grade(text, asked)
+    assert (grade.score, grade.valid) == (score, valid)
+
+
+def test_broken_answers_do_not_raise_what_pope_tells() -> None:
+    scorer = SUITES["pope"].scorer
+    questions = [Question(str(number), (), "", (("no", "yes")[number % 2],)) for number in range(200)]
+
+    def totals(texts: list[str]) -> dict[str, float]:
+        grades = [scorer.grade(text, asked) for text, asked in zip(texts, questions, strict=True)]
+        return {name: values[0] for name, values in scorer.metrics(questions, grades, np.ones((1, 200))).items()}
+
+    perfect = dict.fromkeys(("F1", "accuracy", "precision", "recall"), 1.0) | {"said yes": 0.5}
+    assert totals(["No", "Yes"] * 100) == totals(["No.", "Yes."] * 100) == perfect
+    assert totals(["No", "Yes"] + ["the the"] * 198) == pytest.approx(
+        {"F1": 200 / 299, "accuracy": 101 / 200, "precision": 100 / 199, "recall": 1.0, "said yes": 199 / 200}
+    )
+    assert totals(["No", "Yes"] + ["not the"] * 198)["recall"] == 0.01
+
+
+@pytest.mark.parametrize("suite", ["docvqa", "infovqa"])
+def test_anls_star_is_missed_before_the_model_is_loaded(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "anls_star", None)
+    said = fail("eval", "./nowhere", "--suite", suite, "--data", Path(__file__).parent / "suites")
+    assert "ANLS needs anls-star: pip install 'mmcompress[evals]'" in " ".join(said.split())
+    assert SUITES[suite].scorer.metric == "ANLS"  # to list suites takes no package

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmcompress.errors import InputError, SpecError, UnsupportedError
 from mmcompress.evals.suites import SUITES, base, configure
-from mmcompress.evals.suites.base import Picture, Question, draw, fingerprint, picture_in
+from mmcompress.evals.suites.base import Picture, Question, draw, fingerprint, picture_contents, picture_in
 
 DATA = Path(__file__).parent / "suites"
 ANSWER = "\nAnswer the question using a single word or phrase."
@@ -24,6 +24,12 @@ def read(text: str, data: Path = DATA) -> list[Question]:
     questions, problems = configure(text, data).read()
     assert not problems
     return questions
+
+
+def png(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(file, "PNG")
+    return file.getvalue()
 
 
 def broken(suite: str, tmp_path: Path, file: str, text: str) -> list[tuple[str, str]]:
@@ -108,6 +114,20 @@ def test_parquet_and_json_ask_alike(name: str) -> None:
     for asked in read(name, DATA / "parquet"):
         assert set(asked.answers) <= set(listed[asked.prompt])
         assert asked.images[0].open().size == (8, 6)
+
+
+def test_parquet_pictures_are_known_by_their_content(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    colours = ("red", "blue", "red")
+    rows = [{"question": "What?", "answer": of, "image": {"bytes": png(of), "path": "image.png"}} for of in colours]
+    (tmp_path / "chartqa").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "chartqa" / "test.parquet")
+    questions = read("chartqa", tmp_path)
+    opened = {picture: picture.open() for asked in questions for picture in asked.images}
+    assert [opened[asked.images[0]].getpixel((0, 0)) for asked in questions] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
+    assert questions[0].cluster == questions[2].cluster != questions[1].cluster
 
 
 def test_parquet_without_pyarrow_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,3 +306,14 @@ def test_fingerprints_tell_questions_apart() -> None:
     assert fingerprint(questions) == fingerprint(read("gqa"))
     assert len({fingerprint(read(text)) for text in ("gqa", "gqa(prompt=qwen)", "jsonl")}) == 3
     assert fingerprint(questions[:1]) != fingerprint(questions)
+
+
+def test_pictures_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "red"), ("c", "blue")):
+        (tmp_path / name).write_bytes(png(colour))
+    (tmp_path / "folder").mkdir()
+    pictures = [picture_in(tmp_path, name) for name in ("a", "b", "c", "gone", "folder")]
+    pictures += [Picture("held", data=png("blue")), Picture.held(png("red")), Picture("nothing")]
+    found = picture_contents([Question("0", tuple(pictures), "?", ("yes",))])
+    assert found.keys() == {"a", "b", "c", "held"}  # others have nothing to hash, or are named by it
+    assert found["a"] == found["b"] == pictures[6].name != found["c"] == found["held"]

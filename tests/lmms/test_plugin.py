@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lmms_eval.api.instance import Instance
 from local_tasks import QUESTIONS, lmms_eval, results
+from PIL import Image
 
+from mmcompress.evals.lmms.model import MMCompress
 from mmcompress.evals.loading import load_micro
-from mmcompress.evals.micro import MICROVQA_PATH
+from mmcompress.evals.micro import MICROVQA_PATH, Question
 from mmcompress.evals.runner import evaluate
 
 pytestmark = pytest.mark.slow
@@ -40,6 +44,45 @@ def test_scores_are_those_of_our_own_evaluation(
     if run[0] is not None:
         assert throughput["avg_visual_tokens"] == 256 * len(QUESTIONS)
         assert throughput["avg_visual_tokens_kept"] == ours.cost.kept * len(QUESTIONS)
+
+
+def test_each_task_is_asked_in_its_words_and_settings() -> None:
+    """All requests come at once: of two tasks one cuts answers short, and of the same settings two word otherwise."""
+    model = MMCompress("micro-llava", device="cpu", batch_size=4)
+    rows = dict(enumerate(QUESTIONS[:10]))
+    length = {"max_new_tokens": 8}
+    wordings = {"plain": (_plain, length), "counted": (_counted, length), "cut": (_plain, {**length, "until": ["e"]})}
+    model.task_dict = {task: {"test": rows} for task in wordings}
+
+    def answers(*tasks: str) -> list[str]:
+        requests = [
+            Instance(
+                "generate_until",
+                ("", *wordings[task], row, task, "test"),
+                0,
+                {"task": task, "doc_id": row, "repeats": 1},
+            )
+            for row in rows
+            for task in tasks
+        ]
+        return [result.text for result in model.generate_until(requests)]
+
+    alone = [answers(task) for task in wordings]
+    plain, counted, cut = alone
+    assert len(set(plain)) > 3
+    assert cut == [answer.split("e")[0] for answer in plain] != plain
+    assert counted != plain
+    assert answers(*wordings) == [answer for of_row in zip(*alone, strict=True) for answer in of_row]
+
+
+def _plain(row: Question) -> list[dict[str, Any]]:
+    with Image.open(MICROVQA_PATH / row.image) as image:
+        shown = {"type": "image", "url": image.convert("RGB")}
+    return [{"role": "user", "content": [shown, {"type": "text", "text": row.question}]}]
+
+
+def _counted(row: Question) -> list[dict[str, Any]]:
+    return _plain(replace(row, question="how many circles are there ?"))
 
 
 @pytest.mark.parametrize(
