@@ -29,7 +29,10 @@ NOTES = (
     "tokens: visual tokens that enter the LLM, and their mean over its layers; GFLOP, kB and ms are per question. "
     "Times are medians over questions on this machine, none saved by reusing encoded images.",
 )
-KV_NOTE = "KV under a policy: what the cache holds after the answer, padding included; otherwise after the prompt."
+KV_NOTE = (
+    "KV under a policy: what the cache holds after the answer, padding included; in vLLM what the policy leaves of the "
+    "prompt, or all of it if it evicts nothing. Otherwise after the prompt."
+)
 
 Record = Mapping[str, Any]
 

@@ -161,7 +161,7 @@ class Scorer:
         metrics: of all answers, from weights per question `[samples, questions]` to values `[samples]` by name; the
             weights are what the bootstrap resamples.
         unit: what the values are multiplied by for people.
-        invalid: in words, which answers count as invalid; they score nothing.
+        invalid: in words, which answers count as invalid.
     """
 
     metric: str

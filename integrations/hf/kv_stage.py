@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.models.llama.modeling_llama import rotate_half
 
 from mmcompress.budget import Budget
 from mmcompress.errors import UnsupportedError
@@ -26,6 +25,7 @@ from mmcompress.integrations.hf.generation import cache_asked
 from mmcompress.integrations.hf.llm_run import Run
 from mmcompress.integrations.hf.taps import tap
 from mmcompress.kv_policy import Ahead, Evictor, KVRow
+from mmcompress.policies._rotary import unrotate
 
 Asked = tuple[Tensor | None, Tensor | None]
 """Queries of a row `[heads, queries, dim]`, rotated and before rotation; None where they are not needed."""
@@ -51,7 +51,7 @@ class KVRun:
         filled: what layers share, by what it was made of.
         masks: by what is filled in them, the masks of layers.
         waiting: by layer that is to lose entries behind the last one, what each row asked there.
-        dropped: `[batch]`, how many entries the first layer lost; None if none.
+        dropped: `[batch]`, how many entries the first layer lost; None if no layer lost any.
         look_ahead: reads on as a draft expects, and returns `ahead`; None without a draft.
         ahead: by layer the tokens that a draft expects in each row; None but in the pass that reads them, and after it.
     """
@@ -265,12 +265,16 @@ class KVStage(Attached):
                 so_far = observed[row][held.valid[row]].view(view.place.shape)
                 views = [replace(view, observed=so_far.to(view.key.device))]
             rows.append(views)
-            kept.append(self._choose(views, int(capacity[row]) if due else held.valid.shape[2]))
+            kept.append(self._choose(views, self._room(held, row, int(capacity[row])) if due else held.valid.shape[2]))
         held = replace(held, capacity=capacity, observed=observed)
         entries = held.valid.sum(dim=2).flatten().tolist()
         if [len(indices) for heads in kept for indices in heads] == entries:
             return held
         return self._hold(run, layer, held, rows, kept)
+
+    def _room(self, held: Held, row: int, capacity: int) -> int:
+        """How many entries may stay now: what was generated is text, and on top of a visual budget."""
+        return capacity + int(held.generated[row]) if self.policy.scope == "visual" else capacity
 
     def _choose(self, views: Sequence[KVRow], capacity: int) -> list[Tensor]:
         if len(views) > 1:
@@ -290,6 +294,8 @@ class KVStage(Attached):
         if layer == 0:
             counts = torch.tensor([len(heads[0]) for heads in kept], device=held.seen.device)
             run.dropped = held.valid[:, 0].sum(dim=1) - counts
+        elif run.dropped is None:
+            run.dropped = torch.zeros_like(held.seen)
         columns = [
             [valid.nonzero()[:, 0][indices.to(valid.device)] for valid, indices in zip(row, heads, strict=True)]
             for row, heads in zip(held.valid, kept, strict=True)
@@ -366,7 +372,8 @@ class KVStage(Attached):
         asked = run.columns()[0][row].nonzero()[:, 0]
         visual = held.visual[row, 0][held.valid[row, 0]].nonzero()
         if self._needs.queries == "question" and len(visual):
-            asked = asked[-(int(held.valid[row, 0].sum()) - int(visual.max()) - 1) :]
+            behind = int(held.valid[row, 0].sum()) - int(visual.max()) - 1
+            asked = asked[-max(behind, 1) :]  # the image's last token asks where nothing stands behind it
         elif isinstance(self._needs.queries, int) and len(asked) > 1:
             asked = asked[len(asked) - min(self._needs.queries, len(asked)) :]
         query = run.queries[row][:, asked.to(run.queries.device)]
@@ -375,7 +382,7 @@ class KVStage(Attached):
         assert run.rotary is not None
         rotary = (part.to(query.device).expand(len(run.current), -1, -1)[row] for part in run.rotary)
         cosine, sine = (part[asked.to(query.device)] for part in rotary)
-        return query, query * cosine - rotate_half(query) * sine
+        return query, unrotate(query, (cosine, sine))
 
     def _rotation(self, ahead: int, place: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of text at `place`, where positions are `ahead` of places."""

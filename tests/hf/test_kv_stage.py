@@ -19,6 +19,8 @@ from mmcompress.errors import SpecError, UnsupportedError
 from mmcompress.integrations.hf.cache import Held
 from mmcompress.integrations.hf.kv_stage import KVStage
 from mmcompress.kv_policy import Evictor, KVRow
+from mmcompress.policies.expected_attention import ExpectedAttention
+from mmcompress.policies.tgv_kv import TGVKV
 from mmcompress.registry import METHODS, POLICIES
 from mmcompress.spec import Spec
 
@@ -186,6 +188,20 @@ def test_what_is_out_of_scope_stays(scope: str, snapshots: Snapshots) -> None:
         kept = (held.visual & held.valid).sum(2)
         wanted = visual.clamp(max=2) if scope == "visual" else visual
         assert (kept == wanted[:, None]).all()
+
+
+@pytest.mark.parametrize("spec", ["h2o(keep=4, scope=visual)", "keydiff(keep=4, scope=visual, schedule=step)"])
+def test_what_is_generated_is_text_on_top_of_a_visual_budget(spec: str, snapshots: Snapshots) -> None:
+    family = FAMILIES["llava"]
+    model = family.build("sdpa")
+    inputs = family.inputs(model, "mixed")
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum(1)
+    text = inputs["attention_mask"].sum(1) - visual
+    with mmcompress.wrap(model, kv=spec):
+        said = generate(model, inputs, 20).sequences.shape[1] - inputs["input_ids"].shape[1]
+    for held in snapshots[-1].values():
+        assert (held.visual & held.valid).sum(2).tolist() == visual.clamp(max=4)[:, None].expand(-1, 2).tolist()
+        assert held.valid[:, 0].sum(1).tolist() == (text + visual.clamp(max=4) + said - 1).tolist()
 
 
 @pytest.mark.parametrize("spec", ["keydiff(keep=8)", "adakv(keep=8, window=4)", "tgv-kv(keep=8)", "h2o(keep=8)"])
@@ -394,6 +410,32 @@ def test_generated_tokens_can_be_cropped_while_nothing_behind_the_prompt_went() 
         cache = generate(model, inputs, 4).past_key_values
         with pytest.raises(UnsupportedError, match="cannot crop"):
             cache.crop(-1)
+
+
+def test_a_short_turn_has_queries_to_expect_more_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    score = ExpectedAttention.score
+    monkeypatch.setattr(ExpectedAttention, "score", lambda *args: found.append(score(*args)) or found[-1])
+    model = FAMILIES["llava"].build("sdpa")
+    inputs = FAMILIES["llava"].inputs(model, "mixed")
+    with mmcompress.wrap(model, kv="expected-attention(keep=8)"):
+        cache = generate(model, inputs, 1).past_key_values
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 3, dtype=torch.long)], dim=1)
+        model(input_ids=torch.tensor([[5, 6, 7]] * 3), attention_mask=mask, past_key_values=cache)
+    assert len(found) > 3 * len(cache.layers) and all(part.isfinite().all() for part in found)
+
+
+def test_an_image_that_ends_the_prompt_leaves_one_token_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    mass = TGVKV.mass
+    monkeypatch.setattr(TGVKV, "mass", lambda policy, row: asked.append(row.query.shape[1]) or mass(policy, row))
+    model = FAMILIES["llava"].build("sdpa")
+    inputs = FAMILIES["llava"].inputs(model, "single")
+    last = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero().max())
+    cut = {**inputs, **{name: inputs[name][:, : last + 1] for name in ("input_ids", "attention_mask")}}
+    with mmcompress.wrap(model, kv="tgv-kv(keep=8)"):
+        generate(model, {name: value[:1] for name, value in cut.items()}, 1)
+    assert set(asked) == {1}
 
 
 def test_heads_of_their_own_need_attention_that_takes_a_mask_per_head(monkeypatch: pytest.MonkeyPatch) -> None:
