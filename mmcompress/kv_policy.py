@@ -73,7 +73,7 @@ class KVRow:
         generated: how many tokens came behind the prompt.
         query: `[heads, queries, dim]` of the last tokens, whose entries are the last ones, rotated; None unless asked
             for.
-        unrotated: the same before rotation.
+        unrotated: the same before rotation, in float32.
         observed: `[kv_heads, entries]`, what `Evictor.observe` said of each entry, summed; None before the first time.
         masses: `[layers]`, what `Evictor.mass` said of each layer; None unless asked for.
         ahead: what a draft expects next; None unless asked for.

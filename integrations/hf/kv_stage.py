@@ -382,7 +382,7 @@ class KVStage(Attached):
         assert run.rotary is not None
         rotary = (part.to(query.device).expand(len(run.current), -1, -1)[row] for part in run.rotary)
         cosine, sine = (part[asked.to(query.device)] for part in rotary)
-        return query, unrotate(query, (cosine, sine))
+        return query, unrotate(query.float(), (cosine.float(), sine.float()))
 
     def _rotation(self, ahead: int, place: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of text at `place`, where positions are `ahead` of places."""

@@ -70,7 +70,7 @@ class ExpectedAttention(Evictor):
         """Mean `[kv_heads, group, dim]` and covariance `[kv_heads, group, dim, dim]` of the queries to come."""
         assert row.unrotated is not None and row.rotation is not None
         first = row.seen - row.unrotated.shape[1]  # of a later turn, whose queries are no sinks
-        queries = row.grouped(row.unrotated.float()[:, max(self.sinks - first, 0) :])
+        queries = row.grouped(row.unrotated[:, max(self.sinks - first, 0) :])
         mean = queries.mean(dim=2, keepdim=True)
         covariance = (queries - mean).mT @ (queries - mean) / queries.shape[2]
         places = torch.arange(row.seen, row.seen + self.future, device=row.key.device)

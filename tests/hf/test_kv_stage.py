@@ -173,13 +173,17 @@ def test_unwrapping_gives_layers_back_that_two_stages_read() -> None:
     )
 
 
+def counted() -> tuple[PreTrainedModel, dict[str, Tensor], Tensor, Tensor]:
+    """A model, a mixed batch, and how many of each row's tokens are visual and how many are not."""
+    model = FAMILIES["llava"].build("sdpa")
+    inputs = FAMILIES["llava"].inputs(model, "mixed")
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum(1)
+    return model, inputs, visual, inputs["attention_mask"].sum(1) - visual
+
+
 @pytest.mark.parametrize("scope", ["visual", "text"])
 def test_what_is_out_of_scope_stays(scope: str, snapshots: Snapshots) -> None:
-    family = FAMILIES["llava"]
-    model = family.build("sdpa")
-    inputs = family.inputs(model, "mixed")
-    visual = (inputs["input_ids"] == model.config.image_token_id).sum(1)
-    text = inputs["attention_mask"].sum(1) - visual
+    model, inputs, visual, text = counted()
     with mmcompress.wrap(model, kv=f"keydiff(keep=2, scope={scope})"):
         generate(model, inputs, 1)
     scoped, others = (visual, text) if scope == "visual" else (text, visual)
@@ -192,11 +196,7 @@ def test_what_is_out_of_scope_stays(scope: str, snapshots: Snapshots) -> None:
 
 @pytest.mark.parametrize("spec", ["h2o(keep=4, scope=visual)", "keydiff(keep=4, scope=visual, schedule=step)"])
 def test_what_is_generated_is_text_on_top_of_a_visual_budget(spec: str, snapshots: Snapshots) -> None:
-    family = FAMILIES["llava"]
-    model = family.build("sdpa")
-    inputs = family.inputs(model, "mixed")
-    visual = (inputs["input_ids"] == model.config.image_token_id).sum(1)
-    text = inputs["attention_mask"].sum(1) - visual
+    model, inputs, visual, text = counted()
     with mmcompress.wrap(model, kv=spec):
         said = generate(model, inputs, 20).sequences.shape[1] - inputs["input_ids"].shape[1]
     for held in snapshots[-1].values():
@@ -410,6 +410,33 @@ def test_generated_tokens_can_be_cropped_while_nothing_behind_the_prompt_went() 
         cache = generate(model, inputs, 4).past_key_values
         with pytest.raises(UnsupportedError, match="cannot crop"):
             cache.crop(-1)
+
+
+def test_a_cache_of_which_only_later_layers_lost_entries_cannot_be_cropped_into() -> None:
+    model = FAMILIES["llava"].build("sdpa")
+    inputs = FAMILIES["llava"].inputs(model, "mixed")
+    with mmcompress.wrap(model, kv="pyramidkv(keep=24, window=4)"):
+        cache = generate(model, inputs, 2).past_key_values
+        lengths = [layer.keys.shape[2] for layer in cache.layers]
+        assert lengths[0] == inputs["input_ids"].shape[1] + 1 > lengths[-1]
+        with pytest.raises(UnsupportedError, match="cannot crop"):
+            cache.crop(-5)
+
+
+def test_queries_before_rotation_are_those_of_the_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rotary embedding scales attention, as YaRN's does."""
+    model = FAMILIES["llava"].build("sdpa")
+    decoder = model.base_model.get_decoder()
+    monkeypatch.setattr(decoder.rotary_emb, "attention_scaling", 1.25)
+    unrotated, projected = [], []
+    score = ExpectedAttention.score
+    monkeypatch.setattr(ExpectedAttention, "score", lambda *args: unrotated.append(args[1].unrotated) or score(*args))
+    decoder.layers[0].self_attn.q_proj.register_forward_hook(lambda *args: projected.append(args[2][0]))
+    ids = torch.arange(5, 25)[None]
+    with mmcompress.wrap(model, kv="expected-attention(keep=8)"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    wanted = projected[0].unflatten(1, (len(unrotated[0]), -1)).transpose(0, 1)
+    torch.testing.assert_close(unrotated[0], wanted, atol=TOLERANCE, rtol=0)
 
 
 def test_a_short_turn_has_queries_to_expect_more_from(monkeypatch: pytest.MonkeyPatch) -> None:
