@@ -149,13 +149,11 @@ class VLLM:
                     for suite, questions in work:
                         for batch in batches(questions, terms.batch_size):
                             asked, fields = _prepared(model, processor, batch)
-                            progress.advance(task, len(batch))
-                            if not asked:
-                                continue
-                            if not warm:  # the first pass of an engine is slow
+                            if asked and not warm:  # the first pass of an engine is slow
                                 _generate(llm, processor, suite, asked)
                                 warm = True
                             answers.add(_answers(llm, processor, suite, asked, fields, costs))
+                            progress.advance(task, len(batch))
 
     @contextmanager
     def _engine(self, run: Run, model: str, usual: Mapping[str, Any]) -> Iterator[Any]:

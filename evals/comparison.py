@@ -102,7 +102,10 @@ def read(label: str, suite: Readable, terms: Terms) -> Asked:
     Raises:
         SpecError: its files are absent, or the limit is not positive.
         InputError: no question can be read.
+        UnsupportedError: a package that its scorer needs is missing.
     """
+    if suite.scorer.require is not None:
+        suite.scorer.require()
     questions, problems = suite.read()
     drawn = draw(questions, terms.limit, terms.seed)
     return Asked(label, suite.scorer, suite.max_new_tokens, drawn, problems)

@@ -14,6 +14,7 @@ import numpy as np
 from mmcompress.errors import InputError
 from mmcompress.evals import result_file
 from mmcompress.evals.answers import Answers, Key, write_whole
+from mmcompress.evals.report import budget_key
 from mmcompress.evals.runner import Cost, Run, configure
 from mmcompress.evals.statistics import NORMAL_95, bootstrap_weights, interval
 from mmcompress.evals.suites.base import Grade, Problem, Question, Scorer
@@ -62,12 +63,10 @@ def suite_record(asked: Asked, answers: Answers, runs: Sequence[Run], seed: int)
         grades = [asked.scorer.grade(text, question) for (text, _), question in zip(known, questions, strict=True)]
         by_run.append(([text for text, _ in known], grades, Cost.of([spent for _, spent in known])))
     resampled = _resampled(asked.scorer, questions, [grades for _, grades, _ in by_run], seed)
-    # Budgets as written, for 1 and 1.0 are equal, but different ones.
-    budgets = [(repr(run.keep), run.kv) for run in runs]
-    controls = {budgets[number]: number for number, run in enumerate(runs) if run.method == "random"}
+    controls = {budget_key(run.keep, run.kv): number for number, run in enumerate(runs) if run.method == "random"}
     records = []
     for number, (run, (texts, grades, cost)) in enumerate(zip(runs, by_run, strict=True)):
-        control = controls.get(budgets[number]) if run.method not in (None, "random") else None
+        control = controls.get(budget_key(run.keep, run.kv)) if run.method not in (None, "random") else None
         records.append(
             {
                 "metrics": _metrics(asked.scorer, questions, grades),

@@ -88,7 +88,9 @@ def table(result: Record, label: str) -> Table:
     for number, (heading, unit) in enumerate(columns(result, label)):
         drawn.add_column(f"{heading}\n{unit}", justify="right" if number else "left", no_wrap=True)
     numbered = zip(result["runs"], rows(result, label), strict=True)
-    for _, alike in groupby(numbered, key=lambda entry: (entry[0]["method"] is None, *budget_key(entry[0]))):
+    for _, alike in groupby(
+        numbered, key=lambda entry: (entry[0]["method"] is None, *budget_key(entry[0]["keep"], entry[0]["kv"]))
+    ):
         for _, cells in alike:
             drawn.add_row(*cells)
         drawn.add_section()
@@ -183,9 +185,9 @@ def budget(keep: int | float | None) -> str:
     return f"{100 * keep:g}%" if isinstance(keep, float) else str(keep)
 
 
-def budget_key(run: Record) -> tuple[str, str | None]:
+def budget_key(keep: int | float | None, kv: str | None) -> tuple[str, str | None]:
     """Equal for runs of the same budget and KV policy; budgets as written, for 1 and 1.0 are different ones."""
-    return repr(run["keep"]), run["kv"]
+    return repr(keep), kv
 
 
 def percent(share: Record | None) -> str:

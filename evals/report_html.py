@@ -210,7 +210,7 @@ def _suite(result: Record, label: str) -> str:
     if not suite["questions"]:
         return title + problems
     head = [f"{name}\n{unit or chr(160)}" for name, unit in report.columns(result, label)]
-    budgets = [report.budget_key(run) for run in result["runs"]]
+    budgets = [report.budget_key(run["keep"], run["kv"]) for run in result["runs"]]
     begin = {number for number in range(len(budgets)) if number == 0 or budgets[number] != budgets[number - 1]}
     notes = "".join(f"<p class='dim'>{escape(note)}</p>" for note in report.notes(result, label))
     drawn = table(head, report.rows(result, label), begin)

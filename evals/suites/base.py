@@ -162,6 +162,7 @@ class Scorer:
             weights are what the bootstrap resamples.
         unit: what the values are multiplied by for people.
         invalid: in words, which answers count as invalid.
+        require: raises UnsupportedError where grading lacks a package; it comes last, behind costly answers.
     """
 
     metric: str
@@ -169,6 +170,7 @@ class Scorer:
     metrics: Metrics
     unit: float = 100.0
     invalid: str = "empty"
+    require: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,20 +104,6 @@ def _anls_score() -> Callable[..., Any]:
     except ImportError as error:
         raise UnsupportedError(f"ANLS needs anls-star: pip install 'mmcompress[evals]' ({error})") from error
     return anls_score
-
-
-class _ANLSScorer(Scorer):
-    """ANLS, which asks for its package as soon as a suite hands it out: answers are costly, and graded last."""
-
-    def __get__(self, suite: object | None, kind: type) -> Scorer:
-        """Itself, be it of a suite with a folder or of a class that is only listed.
-
-        Raises:
-            UnsupportedError: anls-star is not installed, and the suite is one to ask.
-        """
-        if suite is not None:
-            _anls_score()
-        return self
 
 
 def _anls(text: str, question: Question) -> Grade:
@@ -286,7 +273,7 @@ VQA = vqa_accuracy(normal.vqa)
 EVALAI = vqa_accuracy(normal.evalai)
 EXACT = mean_scorer("exact match", _exact, invalid="empty once punctuation is gone")
 EXACT_OR_EQUAL = mean_scorer("exact match", _exact_or_equal, invalid="empty once punctuation is gone")
-ANLS = _ANLSScorer("ANLS", _anls, _mean_of("ANLS"))
+ANLS = replace(mean_scorer("ANLS", _anls), require=_anls_score)
 RELAXED = mean_scorer("relaxed accuracy", _relaxed)
 CONTAINS = mean_scorer("accuracy", _contains)
 CHOICE = mean_scorer("accuracy", _multiple_choice, invalid="no letter of a choice, nor the text of one")
